@@ -1,0 +1,1 @@
+"""The world around the rooms: object stores, child processes, bundles and channels."""

@@ -1,0 +1,1 @@
+"""Files in, files out: from metadata to training rows."""

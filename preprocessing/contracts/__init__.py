@@ -1,0 +1,1 @@
+"""What is published between stages: types, Arrow schemas, digests."""

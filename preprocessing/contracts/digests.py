@@ -1,0 +1,68 @@
+"""What determines a result, as one sha256; and what names a row, as 128 bits."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(
+    stage: str,
+    version: int,
+    config: Mapping[str, Any],
+    parents: Sequence[str],
+    weights: Mapping[str, str] | None = None,
+) -> str:
+    """The digest of a stage's result.
+
+    Args:
+        stage: Its name.
+        version: Its ``STAGE_VERSION``: raised by hand whenever the code's result changes.
+        config: The config fields that change the result.
+        parents: Digests of what it reads.
+        weights: sha256 of each model's weights that it uses.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    determined_by = {
+        "stage": stage,
+        "version": version,
+        "config": dict(config),
+        "parents": list(parents),
+        "weights": dict(weights or {}),
+    }
+    return hashlib.sha256(canonical_json(determined_by).encode()).hexdigest()
+
+
+def uid_of(url: str, caption: str) -> str:
+    """The 128-bit id of a (url, caption) pair, stable over refreshes: 32 hexadecimal digits."""
+    return hashlib.blake2b(f"{len(url)}:{url}{caption}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def is_held_out(uid: str, fraction: float) -> bool:
+    """Whether a row belongs to the validation split: a pure function of its uid, uniform over uids."""
+    return int.from_bytes(hashlib.blake2b(f"split:{uid}".encode(), digest_size=8).digest(), "big") < fraction * 2**64
+
+
+def weights_sha256(directory: Path) -> str:
+    """One sha256 for a model's folder: over the names and contents of its ``*.json`` and ``*.safetensors`` files.
+
+    Raises:
+        ValueError: The folder has no such file.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file())
+    if not files:
+        raise ValueError(f"model: {str(directory)!r} has no weights (*.safetensors, *.json); give a folder that has")
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()

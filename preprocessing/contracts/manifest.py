@@ -1,0 +1,120 @@
+"""The manifest: the list of shards that makes a dataset true. Nothing without one is believed."""
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "MANIFEST.json"
+
+Split = Literal["train", "validation"]
+
+
+class Record(BaseModel):
+    """Frozen, and a key that it does not know is an error: a newer format is refused, not half understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetFile(Record):
+    """One file of a dataset.
+
+    Attributes:
+        name: Relative to the dataset's folder.
+        num_bytes: Size.
+        sha256: Of the content.
+        num_rows: Rows, for Parquet files; 0 otherwise.
+        kind: ``rows`` (what the next stage reads), ``rejects`` (refused rows) or ``extra`` (constants of the dataset).
+        split: Which split its rows belong to; None where rows are not yet split by file.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_rows: int = 0
+    kind: Literal["rows", "rejects", "extra"] = "rows"
+    split: Split | None = None
+
+
+class ShardReport(Record):
+    """What became of one shard. It holds that ``num_in == num_out + sum(dropped.values())``."""
+
+    index: int
+    num_in: int
+    num_out: int
+    dropped: dict[str, int]
+    files: tuple[DatasetFile, ...]
+
+    @model_validator(mode="after")
+    def _accounts_for_every_row(self) -> "ShardReport":
+        num_rows = sum(f.num_rows for f in self.files if f.kind == "rows")
+        num_rejects = sum(f.num_rows for f in self.files if f.kind == "rejects")
+        if self.num_in != self.num_out + sum(self.dropped.values()) or num_rows != self.num_out:
+            raise ValueError(
+                f"shard {self.index}: num_in {self.num_in} != num_out {self.num_out} (rows in files {num_rows}) "
+                f"+ dropped {sum(self.dropped.values())}"
+            )
+        if num_rejects != sum(self.dropped.values()):
+            raise ValueError(f"shard {self.index}: {num_rejects} rejected rows written, {self.dropped} counted")
+        return self
+
+
+class Manifest(Record):
+    """A complete dataset.
+
+    Attributes:
+        format_version: Of this record.
+        stage: ``select``, ``download`` or ``encode``.
+        stage_version: The stage's ``STAGE_VERSION``.
+        digest: sha256 of what determines the result.
+        parents: Stage → digest of what it was made from.
+        config: The config fields that changed the result.
+        shards: What became of each shard, in order of index.
+        extra_files: Files that belong to the whole dataset, such as constants.
+        specs: ``LatentSpec``, ``TextSpec`` and ``MaskSpec`` as JSON, where tensors are stored.
+        created_at: ISO 8601, UTC.
+        code_version: Version of Lacuna that wrote it.
+        conditional_writes: Whether the store enforced put-if-absent when this was written.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    stage: str
+    stage_version: int
+    digest: str
+    parents: dict[str, str]
+    config: dict[str, Any]
+    shards: tuple[ShardReport, ...]
+    extra_files: tuple[DatasetFile, ...] = ()
+    specs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    created_at: str
+    code_version: str
+    conditional_writes: bool = True
+
+    @property
+    def num_in(self) -> int:
+        """Rows read."""
+        return sum(shard.num_in for shard in self.shards)
+
+    @property
+    def num_out(self) -> int:
+        """Rows kept."""
+        return sum(shard.num_out for shard in self.shards)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Refused rows by reason, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.dropped)
+        return dict(total.most_common())
+
+    def files(self, kind: str = "rows", split: Split | None = None) -> list[DatasetFile]:
+        """The files of one kind, in order; of one split where given."""
+        found = [f for shard in self.shards for f in shard.files if f.kind == kind]
+        return [f for f in found if split is None or f.split == split]
+
+
+def dataset_prefix(stage: str, digest: str) -> str:
+    """The key of a dataset's folder in the store, without trailing slash."""
+    return f"datasets/{stage}/{digest[:16]}"

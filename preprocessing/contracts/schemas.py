@@ -1,0 +1,89 @@
+"""Arrow schemas of what is published between stages.
+
+| stage | file | schema |
+| --- | --- | --- |
+| select | ``shard-00000.parquet`` | ``SELECTED`` |
+| download | ``shard-00000.parquet`` | ``DOWNLOADED`` |
+| encode | ``train-00000.parquet``, ``validation-00000.parquet`` | ``training_rows(…)`` |
+| every | ``rejects-00000.parquet`` | ``REJECTS`` |
+
+Tensors are non-nullable ``fixed_size_binary``, little-endian, C order; see ``TENSOR_WRITER`` for how they must be
+written.
+"""
+
+import pyarrow as pa
+
+REJECTS = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+SELECTED = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("similarity", pa.float32()),
+        pa.field("punsafe", pa.float32(), nullable=False),
+        pa.field("pwatermark", pa.float32()),
+        pa.field("aesthetic", pa.float32()),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+DOWNLOADED = pa.schema(
+    [
+        *SELECTED,
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("image_width", pa.int32(), nullable=False),
+        pa.field("image_height", pa.int32(), nullable=False),
+        pa.field("original_width", pa.int32(), nullable=False),
+        pa.field("original_height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+# One data page a column chunk and no encoding: the raw values lie at
+# data_page_offset + total_compressed_size - num_rows * width, and can be memory-mapped.
+TENSOR_WRITER = {
+    "compression": "NONE",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "data_page_size": 2**31 - 1,
+    "row_group_size": 2**31 - 1,
+    "store_schema": True,
+}
+
+
+def training_rows(
+    moments_num_bytes: int, embeddings_num_bytes: int, mask_num_bytes: int, num_mask_variants: int
+) -> pa.Schema:
+    """The schema of training rows.
+
+    Args:
+        moments_num_bytes: Of ``moments`` (8 × h × w fp16, mean | logvar, unscaled).
+        embeddings_num_bytes: Of ``text_embeddings`` (77 × width fp16).
+        mask_num_bytes: Of ``mask_k`` (h × w bits, row-major, most significant bit first).
+        num_mask_variants: K.
+    """
+    tensors = [("moments", moments_num_bytes), ("text_embeddings", embeddings_num_bytes)]
+    for k in range(num_mask_variants):
+        tensors += [(f"mask_{k}", mask_num_bytes), (f"masked_moments_{k}", moments_num_bytes)]
+    return pa.schema(
+        [
+            *(SELECTED.field(name) for name in SELECTED.names if name != "split"),
+            pa.field("sha256", pa.string(), nullable=False),
+            pa.field("crop_top", pa.int32(), nullable=False),
+            pa.field("crop_left", pa.int32(), nullable=False),
+            pa.field("resized_width", pa.int32(), nullable=False),
+            pa.field("resized_height", pa.int32(), nullable=False),
+            pa.field("image", pa.binary(), nullable=False),
+            *(pa.field(name, pa.binary(num_bytes), nullable=False) for name, num_bytes in tensors),
+        ]
+    )
