@@ -1,0 +1,482 @@
+"""Bundles: immutable folders of files (checkpoints, exports, reports), true once their manifest is there.
+
+A bundle is committed in one order only: every file uploaded and looked up again, then ``MANIFEST.json`` by
+put-if-absent. So a writer may be killed anywhere and nothing half made is ever believed; and a reader, who checks every
+file's sha256 against the manifest, takes no damaged one either.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from infra.errors import ContractError, TransientError
+from infra.storage import (
+    AlreadyExistsError,
+    ObjectNotFoundError,
+    ObjectStore,
+    check_key,
+    sha256_of_bytes,
+    sha256_of_file,
+)
+
+_log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "MANIFEST.json"
+
+BundleKind = Literal["checkpoint", "export", "report"]
+NameFilter = Callable[[str], bool]
+
+_CHUNK_BYTES = 8 << 20
+_NUM_DOWNLOADS = 4
+_MAX_UPLOAD_ROUNDS = 5
+_ABANDONED_S = 60.0
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class _Record(BaseModel):
+    """Frozen, and a key that it does not know is an error: a newer format is refused, not half understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BundleFile(_Record):
+    """One file of a bundle.
+
+    Attributes:
+        name: Relative to the bundle's prefix, with forward slashes; it cannot lead out of it.
+        num_bytes: Size.
+        sha256: Of the content, 64 hexadecimal digits.
+    """
+
+    name: str
+    num_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        if name == MANIFEST_NAME:
+            raise ValueError(f"{MANIFEST_NAME} does not list itself")
+        return check_key(name)
+
+
+class BundleManifest(_Record):
+    """A complete bundle.
+
+    Attributes:
+        format_version: Of this record.
+        kind: What the bundle is.
+        run_id: The training run that it belongs to.
+        step: Optimizer step of that run.
+        files: All of its files, sorted by name.
+        metadata: What its maker had to say.
+        created_at: ISO 8601, UTC.
+        conditional_writes: Whether the store enforced put-if-absent when this was written.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: BundleKind
+    run_id: str
+    step: int = Field(ge=0)
+    files: tuple[BundleFile, ...]
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    created_at: str
+    conditional_writes: bool = True
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "BundleManifest":
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        return self
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.num_bytes for file in self.files)
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def commit_bundle(
+    store: ObjectStore,
+    prefix: str,
+    folder: Path,
+    *,
+    kind: BundleKind,
+    run_id: str,
+    step: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> BundleManifest:
+    """Upload a folder's files, make sure that they arrived, and commit them by writing the manifest last.
+
+    Doing it again has no effect: a bundle that is complete stays as it is. Of two writers at once one commits, and its
+    manifest is returned to both.
+
+    Args:
+        store: Where to.
+        prefix: The bundle's folder in the store.
+        folder: Local files, at any depth; they must not change meanwhile.
+        kind: What it is.
+        run_id: The run that it belongs to.
+        step: Of that run.
+        metadata: JSON values to keep in the manifest.
+
+    Returns:
+        The manifest that stands in the store.
+
+    Raises:
+        ValueError: The folder has no files, or one named like the manifest.
+        TransientError: The store did not keep the files.
+    """
+    done = find_bundle(store, prefix)
+    if done is not None:
+        return done
+    paths = _files_of(folder)
+    if not paths or MANIFEST_NAME in paths:
+        raise ValueError(f"bundle: {folder} must hold files, and none named {MANIFEST_NAME}")
+    files = tuple(
+        BundleFile(name=name, num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+        for name, path in paths.items()
+    )
+    manifest = BundleManifest(
+        kind=kind,
+        run_id=run_id,
+        step=step,
+        files=files,
+        metadata=dict(metadata or {}),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        conditional_writes=store.conditional_writes,
+    )
+    etags: dict[str, str] = {}
+    _upload_until_ours(store, prefix, folder, files, etags)
+    try:
+        store.put_if_absent(f"{prefix}/{MANIFEST_NAME}", manifest.model_dump_json(indent=1).encode())
+    except AlreadyExistsError:
+        _log.info("%s: another writer committed first; its manifest stands", prefix)
+        return load_bundle(store, prefix)
+    # A second writer of other bytes may have replaced a file between our look and our manifest.
+    _upload_until_ours(store, prefix, folder, files, etags, is_committed=True)
+    return manifest
+
+
+def _upload_until_ours(
+    store: ObjectStore,
+    prefix: str,
+    folder: Path,
+    files: tuple[BundleFile, ...],
+    etags: dict[str, str],
+    *,
+    is_committed: bool = False,
+) -> None:
+    """Upload what is not in the store as we left it, until a whole look finds nothing to do.
+
+    Args:
+        store: Where to.
+        prefix: The bundle's.
+        folder: The local files.
+        files: What to upload.
+        etags: Name → etag after our own upload; filled in here.
+        is_committed: Whether the manifest that stands is ours.
+    """
+    for _ in range(_MAX_UPLOAD_ROUNDS):
+        changed = [file for file in files if not _is_there(store, f"{prefix}/{file.name}", file, etags)]
+        if not changed:
+            return
+        for file in changed:
+            key = f"{prefix}/{file.name}"
+            if not is_committed and store.exists(f"{prefix}/{MANIFEST_NAME}"):
+                return  # lost: whoever committed must find its own files there
+            store.upload(key, folder / file.name, file.sha256)
+            info = store.head(key)
+            if info.num_bytes == file.num_bytes:
+                etags[file.name] = info.etag
+    raise TransientError(f"{store.uri_of(prefix)}: other writers keep replacing its files, or the store loses them")
+
+
+def _is_there(store: ObjectStore, key: str, file: BundleFile, etags: dict[str, str]) -> bool:
+    if file.name not in etags:
+        return False
+    try:
+        info = store.head(key)
+    except ObjectNotFoundError:
+        return False
+    if info.etag != etags[file.name] and _hash_object(store, key) == (file.num_bytes, file.sha256):
+        etags[file.name] = info.etag  # another writer of the same bytes
+    return info.num_bytes == file.num_bytes and info.etag == etags[file.name]
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Name → path of every file below a folder, sorted by name."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return dict(sorted(found.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def parse_manifest(data: bytes, uri: str) -> BundleManifest:
+    """Read a manifest's bytes.
+
+    Args:
+        data: The content of a ``MANIFEST.json``.
+        uri: Where it was found, for the message.
+
+    Raises:
+        ContractError: It is not a bundle's manifest of a format that this version reads.
+    """
+    try:
+        return BundleManifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ContractError(
+            f"{uri}: not a bundle's manifest of format {FORMAT_VERSION} "
+            f"({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})"
+        ) from error
+
+
+def load_bundle(store: ObjectStore, prefix: str) -> BundleManifest:
+    """Read a bundle's manifest.
+
+    Raises:
+        ObjectNotFoundError: There is none: the bundle is not complete.
+        ContractError: It cannot be read.
+    """
+    key = f"{prefix}/{MANIFEST_NAME}"
+    return parse_manifest(store.read(key), store.uri_of(key))
+
+
+def find_bundle(store: ObjectStore, prefix: str) -> BundleManifest | None:
+    """Return the bundle's manifest, or None where there is no complete bundle."""
+    try:
+        return load_bundle(store, prefix)
+    except ObjectNotFoundError:
+        return None
+
+
+def list_bundles(store: ObjectStore, parent_prefix: str) -> list[str]:
+    """Return the prefixes of the complete bundles below a prefix, sorted (steps are zero-padded: oldest first)."""
+    end = f"/{MANIFEST_NAME}"
+    keys = (info.key for info in store.list(f"{parent_prefix.rstrip('/')}/"))
+    return sorted(key.removesuffix(end) for key in keys if key.endswith(end))
+
+
+def verify_bundle(store: ObjectStore, prefix: str) -> list[str]:
+    """Read every file of a bundle again and hold it against the manifest.
+
+    Returns:
+        One line for each problem; empty if there is none.
+
+    Raises:
+        ObjectNotFoundError: There is no complete bundle.
+    """
+    problems = []
+    for file in load_bundle(store, prefix).files:
+        key = f"{prefix}/{file.name}"
+        try:
+            num_bytes, sha256 = _hash_object(store, key)
+        except ObjectNotFoundError:
+            problems.append(f"{store.uri_of(key)}: is missing")
+            continue
+        if num_bytes != file.num_bytes:
+            problems.append(f"{store.uri_of(key)}: has {num_bytes} bytes, the manifest says {file.num_bytes}")
+        elif sha256 != file.sha256:
+            problems.append(f"{store.uri_of(key)}: has sha256 {sha256}, the manifest says {file.sha256}")
+    return problems
+
+
+def _hash_object(store: ObjectStore, key: str) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    num_bytes = 0
+    while chunk := store.read_range(key, num_bytes, _CHUNK_BYTES):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+        if len(chunk) < _CHUNK_BYTES:  # a range beyond the end is an error on some servers
+            break
+    return num_bytes, digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- fetching
+
+
+def fetch_bundle(store: ObjectStore, prefix: str, to: Path, names: NameFilter | None = None) -> BundleManifest:
+    """Bring a bundle to a local folder, which appears only once it is whole and verified.
+
+    A folder that holds the bundle already, by every sha256, is left as it is. One that an earlier fetch made is
+    replaced in one step; anything else that is there is not touched.
+
+    Args:
+        store: Where from.
+        prefix: The bundle's.
+        to: The folder to make; its parent is made if need be.
+        names: Which files are wanted, by name; None for all. ``MANIFEST.json`` is always written.
+
+    Returns:
+        The manifest, of all files.
+
+    Raises:
+        ObjectNotFoundError: There is no complete bundle, or one of its files is gone.
+        ValueError: ``to`` holds something else.
+        TransientError: A file is not what the manifest says.
+    """
+    key = f"{prefix}/{MANIFEST_NAME}"
+    return fetch_files(store, prefix, store.read(key), to, names)
+
+
+def fetch_files(
+    store: ObjectStore, prefix: str, manifest_data: bytes, to: Path, names: NameFilter | None = None
+) -> BundleManifest:
+    """`fetch_bundle` with a manifest that was read, and perhaps checked, before."""
+    manifest = parse_manifest(manifest_data, store.uri_of(f"{prefix}/{MANIFEST_NAME}"))
+    to = Path(os.path.abspath(to.expanduser()))
+    wanted = [file for file in manifest.files if names is None or names(file.name)]
+    if holds_files(to, manifest_data, wanted):
+        _log.info("%s: already there", to)
+        return manifest
+    _check_replaceable(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch_folder(to) as scratch:
+        with ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
+            tasks = [
+                pool.submit(store.download, f"{prefix}/{file.name}", scratch / file.name, file.sha256)
+                for file in wanted
+            ]
+            try:
+                for task in tasks:
+                    task.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # one bad file, or Ctrl-C: the others are for nothing
+                raise
+        (scratch / MANIFEST_NAME).write_bytes(manifest_data)
+        _fsync_tree(scratch)
+        _check_replaceable(to)
+        _move_into_place(scratch, to)
+    return manifest
+
+
+def holds_files(folder: Path, manifest_data: bytes, files: list[BundleFile]) -> bool:
+    """Return whether a folder was made from exactly this manifest and holds these files, by their sha256."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file() or path.read_bytes() != manifest_data:
+        return False
+    return all(
+        (folder / file.name).is_file()
+        and (folder / file.name).stat().st_size == file.num_bytes
+        and sha256_of_file(folder / file.name) == file.sha256
+        for file in files
+    )
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but an earlier fetch: a manifest of ours, and no file that it does not name.
+
+    Raises:
+        ValueError: There is something else.
+    """
+    advice = "choose another folder, or move this one away"
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"to: '{folder}' is not a folder; {advice}")
+    if not any(folder.iterdir()):
+        return
+    try:
+        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder))
+    except (FileNotFoundError, ContractError):
+        raise ValueError(f"to: '{folder}' exists and is not an earlier pull; {advice}") from None
+    strange = sorted(set(_files_of(folder)) - {MANIFEST_NAME, *(file.name for file in manifest.files)})
+    if strange:
+        raise ValueError(f"to: '{folder}' is an earlier pull, but '{strange[0]}' is not of it; {advice}")
+
+
+@contextlib.contextmanager
+def _scratch_folder(to: Path) -> Iterator[Path]:
+    """Make a locked folder beside the target; remove it at the end, with those that killed fetches left."""
+    start = f".{to.name}.lacuna-"
+    for path in to.parent.glob(f"{start}*"):
+        _remove_if_abandoned(path)
+    scratch = to.parent / f"{start}{uuid.uuid4().hex}"
+    scratch.mkdir()
+    descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    """Remove a scratch folder whose maker is dead: its lock is free. The age is for one that is not locked yet."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_S:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _move_into_place(scratch: Path, to: Path) -> None:
+    """Rename the scratch folder to its name; what was there before goes to the scratch folder's name."""
+    try:
+        os.rename(scratch, to)  # replaces nothing, or an empty folder
+    except OSError:
+        if not to.is_dir():
+            raise
+        if not _exchange(scratch, to):
+            # No exchange on this filesystem: there is a moment without the folder, never one with half of it.
+            aside = scratch.with_name(f"{scratch.name}-old")
+            os.rename(to, aside)
+            os.rename(scratch, to)
+            os.rename(aside, scratch)
+    _fsync_folder(to.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step, where the system can (Linux renameat2)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _fsync_tree(folder: Path) -> None:
+    with open(folder / MANIFEST_NAME, "rb") as file:  # the others were made durable by the download
+        os.fsync(file.fileno())
+    for path, _, _ in os.walk(folder):
+        _fsync_folder(Path(path))
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest_sha256(store: ObjectStore, prefix: str) -> str:
+    """Return the sha256 of a bundle's manifest, which by the hashes in it identifies the whole bundle.
+
+    Raises:
+        ObjectNotFoundError: There is no complete bundle.
+    """
+    return sha256_of_bytes(store.read(f"{prefix}/{MANIFEST_NAME}"))
