@@ -31,10 +31,12 @@ class Config(BaseModel):
 class DemoWorldConfig(Config):
     """The embedded demo world: pictures of coloured shapes, served on loopback."""
 
-    seed: int = Field(7, ge=0, description="Which world; the tiny models were trained on another one.")
-    num_pictures: int = Field(4000, ge=50, le=1_000_000, description="Well-behaved pictures; awkward rows come on top.")
+    seed: int = Field(default=7, ge=0, description="Which world; the tiny models were trained on another one.")
+    num_pictures: int = Field(
+        default=4000, ge=50, le=1_000_000, description="Well-behaved pictures; awkward rows come on top."
+    )
     port: int = Field(
-        8763, ge=1024, le=65535, description="Loopback port. It is part of every URL, hence of every uid."
+        default=8763, ge=1024, le=65535, description="Loopback port. It is part of every URL, hence of every uid."
     )
 
 
@@ -42,10 +44,11 @@ class SourceConfig(Config):
     """Where the metadata comes from."""
 
     metadata: tuple[str, ...] = Field(
-        (), description="Parquet or CSV files in LAION's columns: paths, globs, s3:// URIs. Empty: the demo world."
+        default=(),
+        description="Parquet or CSV files in LAION's columns: paths, globs, s3:// URIs. Empty: the demo world.",
     )
     demo: DemoWorldConfig = DemoWorldConfig()
-    rows_per_shard: int = Field(512, ge=1, le=1_000_000, description="Rows of metadata in each shard.")
+    rows_per_shard: int = Field(default=512, ge=1, le=1_000_000, description="Rows of metadata in each shard.")
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -62,19 +65,19 @@ class SelectConfig(Config):
     """Which rows are kept. Every refusal has a drop reason; a missing score is a refusal, never a pass."""
 
     max_punsafe: float = Field(
-        0.1, gt=0, le=1, description="Rows with punsafe < this are kept, strictly; null and NaN are not."
+        default=0.1, gt=0, le=1, description="Rows with punsafe < this are kept, strictly; null and NaN are not."
     )
-    max_pwatermark: float | None = Field(0.8, gt=0, le=1, description="Strictly below; None keeps all.")
-    min_similarity: float | None = Field(None, ge=-1, le=1)
-    min_aesthetic: float | None = Field(None, ge=0, le=10)
-    min_side_px: int = Field(512, ge=1, description="Shorter side, by the metadata.")
-    max_aspect: float = Field(3.0, ge=1, description="Longer side / shorter side, by the metadata.")
-    min_caption_chars: int = Field(1, ge=0)
-    max_caption_chars: int = Field(2000, ge=1)
+    max_pwatermark: float | None = Field(default=0.8, gt=0, le=1, description="Strictly below; None keeps all.")
+    min_similarity: float | None = Field(default=None, ge=-1, le=1)
+    min_aesthetic: float | None = Field(default=None, ge=0, le=10)
+    min_side_px: int = Field(default=512, ge=1, description="Shorter side, by the metadata.")
+    max_aspect: float = Field(default=3.0, ge=1, description="Longer side / shorter side, by the metadata.")
+    min_caption_chars: int = Field(default=1, ge=0)
+    max_caption_chars: int = Field(default=2000, ge=1)
     validation_fraction: float = Field(
-        0.02, ge=0, lt=1, description="Held out of training, chosen by a hash of the uid."
+        default=0.02, ge=0, lt=1, description="Held out of training, chosen by a hash of the uid."
     )
-    min_rows: int = Field(1, ge=0, description="Gate: fewer rows than this stop the pipeline (exit code 3).")
+    min_rows: int = Field(default=1, ge=0, description="Gate: fewer rows than this stop the pipeline (exit code 3).")
 
 
 Network = Annotated[str, Field(description="An address range, such as 127.0.0.0/8 or 10.1.0.0/16.")]
@@ -84,23 +87,27 @@ class DownloadConfig(Config):
     """How pictures are fetched (by img2dataset, in a process group of its own)."""
 
     allow_networks: tuple[Network, ...] = Field(
-        (),
+        default=(),
         description="Address ranges allowed although not public; loopback and private ones are refused otherwise.",
     )
-    image_size_px: int = Field(512, ge=8, description="Pictures whose shorter side is larger are reduced to it.")
-    encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored pictures.")
-    max_image_area_px: int = Field(64_000_000, ge=1, description="Larger pictures are refused.")
-    max_aspect: float = Field(20.0, ge=1)
-    min_success_rate: float = Field(0.0, ge=0, le=1, description="Gate on downloaded / selected rows (exit code 3).")
-    timeout_s: float = Field(10, gt=0, json_schema_extra=NOT_IN_DIGEST)
-    retries: int = Field(1, ge=0, le=10, json_schema_extra=NOT_IN_DIGEST)
-    num_processes: int = Field(1, ge=1, le=256, json_schema_extra=NOT_IN_DIGEST)
-    num_threads: int = Field(32, ge=1, le=1024, json_schema_extra=NOT_IN_DIGEST)
+    image_size_px: int = Field(
+        default=512, ge=8, description="Pictures whose shorter side is larger are reduced to it."
+    )
+    encode_quality: int = Field(default=95, ge=1, le=100, description="JPEG quality of the stored pictures.")
+    max_image_area_px: int = Field(default=64_000_000, ge=1, description="Larger pictures are refused.")
+    max_aspect: float = Field(default=20.0, ge=1)
+    min_success_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Gate on downloaded / selected rows (exit code 3)."
+    )
+    timeout_s: float = Field(default=10, gt=0, json_schema_extra=NOT_IN_DIGEST)
+    retries: int = Field(default=1, ge=0, le=10, json_schema_extra=NOT_IN_DIGEST)
+    num_processes: int = Field(default=1, ge=1, le=256, json_schema_extra=NOT_IN_DIGEST)
+    num_threads: int = Field(default=32, ge=1, le=1024, json_schema_extra=NOT_IN_DIGEST)
     stall_timeout_s: float = Field(
-        300, gt=0, json_schema_extra=NOT_IN_DIGEST, description="No new shard for this long: stop and retry."
+        default=300, gt=0, json_schema_extra=NOT_IN_DIGEST, description="No new shard for this long: stop and retry."
     )
     user_agent_token: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_-]+$", description="Named to servers and matched in opt-out headers."
+        default=None, pattern=r"^[A-Za-z0-9_-]+$", description="Named to servers and matched in opt-out headers."
     )
 
     @field_validator("allow_networks", mode="before")
@@ -116,20 +123,22 @@ class DownloadConfig(Config):
 class EncodeConfig(Config):
     """From pictures to training rows."""
 
-    resolution_px: int = Field(512, ge=64, multiple_of=64)
-    mask_family: str = Field("sd_512train_large", description="See model/masks.py.")
+    resolution_px: int = Field(default=512, ge=64, multiple_of=64)
+    mask_family: str = Field(default="sd_512train_large", description="See model/masks.py.")
     num_mask_variants: int = Field(
-        4, ge=1, le=64, description="Masks a row; as many as epochs gives each epoch a fresh one."
+        default=4, ge=1, le=64, description="Masks a row; as many as epochs gives each epoch a fresh one."
     )
-    mask_seed: int = Field(0, ge=0)
-    batch_size: int = Field(32, ge=1, json_schema_extra=NOT_IN_DIGEST)
-    num_threads: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_DIGEST, description="Default: all cores.")
+    mask_seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=32, ge=1, json_schema_extra=NOT_IN_DIGEST)
+    num_threads: int | None = Field(
+        default=None, ge=1, json_schema_extra=NOT_IN_DIGEST, description="Default: all cores."
+    )
 
 
 class ModelConfig(Config):
     """The weights to start from: a folder with ``unet/``, ``vae/``, ``open_clip/``, ``scheduler/`` and ``LICENSE``."""
 
-    base: str = Field("tiny", description="'tiny' (shipped, for the demo world) or a folder.")
+    base: str = Field(default="tiny", description="'tiny' (shipped, for the demo world) or a folder.")
     base_prediction_type: Literal["epsilon", "v_prediction"] = Field(
         description="What the base UNet predicts; no default on purpose."
     )

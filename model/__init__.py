@@ -1,0 +1,1 @@
+"""Tensors: the model, its schedule, objective, masks, encoders, sampler and weight files."""

@@ -1,0 +1,222 @@
+"""What a dataset promises about its tensors, and the published numbers of Stable Diffusion 2.
+
+These records travel in manifests from the stage that wrote a tensor to the one that reads it, so they are plain:
+no torch, only numbers and strings. Two sides that hold equal specs mean the same thing by the same bytes.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, Self, get_args
+
+PredictionType = Literal["epsilon", "v_prediction"]
+"""What the UNet's output means: the noise, or the velocity (Salimans & Ho 2022)."""
+
+PREDICTION_TYPES: Final[tuple[str, ...]] = get_args(PredictionType)
+
+MASK_FAMILIES: Final[tuple[str, ...]] = (
+    "full",
+    "lama_medium_256",
+    "lama_medium_512",
+    "lama_thick_256",
+    "lama_thick_512",
+    "lama_thin_256",
+    "lama_thin_512",
+    "lama_train_256",
+    "sd_256narrow",
+    "sd_256train",
+    "sd_512train",
+    "sd_512train_large",
+)
+"""The mask generators that `model.masks.draw_mask` knows."""
+
+DTYPE_NUM_BYTES: Final[dict[str, int]] = {"float16": 2, "float32": 4}
+"""Dtypes in which tensors are stored. bfloat16 is absent on purpose: 8 bits of mantissa cost 0.4 % on means."""
+
+SD2_SCALING_FACTOR: Final = 0.18215
+"""Latents are posterior samples times this, so that they have about unit variance."""
+
+SD2_UNET_CONFIG: Final[dict[str, Any]] = {
+    "act_fn": "silu",
+    "attention_head_dim": [5, 10, 20, 20],  # historical misnomer: the number of heads, 64 channels each
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 9,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "upcast_attention": False,
+    "use_linear_projection": True,
+}
+"""diffusers' config of the 9-channel UNet (865.93 M parameters). The 4-channel base differs in `in_channels` only."""
+
+SD2_VAE_CONFIG: Final[dict[str, Any]] = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "scaling_factor": SD2_SCALING_FACTOR,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+"""diffusers' config of the AutoencoderKL (83.65 M parameters)."""
+
+
+class _Spec:
+    """JSON for the frozen dataclasses below: exact keys, so that a spec of another version is refused, not guessed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as a plain dict of JSON values."""
+        return asdict(self)  # pyright: ignore[reportArgumentType]  # every subclass is a dataclass
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Builds the spec from what `to_json` gave.
+
+        Raises:
+            ValueError: a field is missing or unknown, or a value is out of range.
+        """
+        names = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]  # as above
+        if set(data) != names:
+            missing, unknown = sorted(names - set(data)), sorted(set(data) - names)
+            raise ValueError(f"{cls.__name__}: missing fields {missing}, unknown fields {unknown}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec(_Spec):
+    """The stored VAE moments: channels × 2 (mean | logvar), unscaled, little-endian, C order.
+
+    Attributes:
+        channels: latent channels (moments have twice as many).
+        resolution_px: side of the square picture that was encoded.
+        factor: pixels per latent cell, along one side.
+        scaling_factor: what a posterior sample is multiplied by when latents are made; not applied to what is stored.
+        dtype: `float16` or `float32`.
+        weights_sha256: `model.weights.weights_sha256` of the VAE.
+    """
+
+    channels: int = 4
+    resolution_px: int
+    factor: int = 8
+    scaling_factor: float
+    dtype: str = "float16"
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        _check_dtype("LatentSpec", self.dtype)
+        if self.factor < 1 or self.resolution_px < 1 or self.resolution_px % self.factor:
+            raise ValueError(
+                f"LatentSpec.resolution_px is {self.resolution_px}: make it a positive multiple of factor {self.factor}"
+            )
+
+    @property
+    def latent_px(self) -> int:
+        """Side of the latent grid, in cells."""
+        return self.resolution_px // self.factor
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2 × channels, h, w)."""
+        return (2 * self.channels, self.latent_px, self.latent_px)
+
+    @property
+    def moments_num_bytes(self) -> int:
+        """Bytes of one sample's moments."""
+        return 2 * self.channels * self.latent_px**2 * DTYPE_NUM_BYTES[self.dtype]
+
+    @property
+    def mask_num_bytes(self) -> int:
+        """Bytes of one latent mask, a bit per cell, padded to whole bytes."""
+        return (self.latent_px**2 + 7) // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec(_Spec):
+    """The stored text embeddings: num_tokens × width, little-endian, C order, no pooling and no projection.
+
+    Attributes:
+        num_tokens: all positions of the context; padding goes to cross-attention too.
+        width: channels of the text tower.
+        layer: which hidden states. `penultimate+ln_final`: without the last block, then the final layer norm.
+        pad_token_id: what fills the context after the end token (0 in open_clip, not the end token).
+        dtype: `float16` or `float32`.
+        weights_sha256: `model.weights.weights_sha256` of the text encoder.
+    """
+
+    num_tokens: int = 77
+    width: int
+    layer: str = "penultimate+ln_final"
+    pad_token_id: int = 0
+    dtype: str = "float16"
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        _check_dtype("TextSpec", self.dtype)
+
+    @property
+    def embeddings_shape(self) -> tuple[int, int]:
+        """(num_tokens, width)."""
+        return (self.num_tokens, self.width)
+
+    @property
+    def embeddings_num_bytes(self) -> int:
+        """Bytes of one caption's embeddings."""
+        return self.num_tokens * self.width * DTYPE_NUM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSpec(_Spec):
+    """Which masks were drawn: mask k of a sample is `draw_mask(family, resolution_px, seed, uid, k)`.
+
+    Attributes:
+        family: one of `MASK_FAMILIES`.
+        resolution_px: side of the mask before it is taken to the latent grid.
+        num_variants: masks per sample.
+        seed: root of the randomness.
+    """
+
+    family: str
+    resolution_px: int
+    num_variants: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.family not in MASK_FAMILIES:
+            raise ValueError(f"MaskSpec.family is {self.family!r}: choose one of {', '.join(MASK_FAMILIES)}")
+        if self.num_variants < 0:
+            raise ValueError(f"MaskSpec.num_variants is {self.num_variants}: it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSpec(_Spec):
+    """The noise schedule; the defaults are Stable Diffusion's.
+
+    Attributes:
+        num_train_timesteps: number of noise levels.
+        beta_start: first beta of the scaled-linear schedule.
+        beta_end: last beta.
+        zero_terminal_snr: rescale so that the last level is pure noise (Lin et al. 2023); then only
+            `v_prediction` is defined at the last level, and sampling wants `trailing` timesteps.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_terminal_snr: bool = False
+
+
+def _check_dtype(owner: str, dtype: str) -> None:
+    if dtype not in DTYPE_NUM_BYTES:
+        raise ValueError(f"{owner}.dtype is {dtype!r}: choose one of {', '.join(DTYPE_NUM_BYTES)}")

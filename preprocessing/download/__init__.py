@@ -1,0 +1,1 @@
+"""The download stage: addresses, fetching, pictures."""

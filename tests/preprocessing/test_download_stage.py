@@ -1,0 +1,383 @@
+"""The download stage against a real server and a real img2dataset; where only our side is meant, a child stands in."""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import ContractError, GateError, TransientError
+from infra.storage import ObjectStore, open_store
+from preprocessing.contracts.config import DownloadConfig
+from preprocessing.contracts.digests import uid_of
+from preprocessing.contracts.manifest import Manifest, ShardReport, dataset_prefix
+from preprocessing.contracts.reasons import Reason
+from preprocessing.contracts.schemas import DOWNLOADED, SELECTED
+from preprocessing.demo.server import awkward_path, picture_path, running_server
+from preprocessing.download import fetch
+from preprocessing.download.addresses import Target
+from preprocessing.download.fetch import REQUESTS, child_environment, fetch_shards, reason_of
+from preprocessing.download.stage import DownloadStage, check_gate, shard_output
+from preprocessing.stage import Progress, RowsFile, ShardOutput, rejects_table, run_stage
+
+SEED = 3
+CONFIG = DownloadConfig.model_validate(
+    {
+        "allow_networks": ["127.0.0.0/8"],
+        "image_size_px": 48,
+        "max_image_area_px": 16_000_000,
+        "timeout_s": 8,  # the slow picture takes 20; a busy machine must not fail the others
+        "retries": 0,
+        "num_threads": 16,
+    }
+)
+
+KINDS: dict[str, Reason | None] = {
+    "missing": Reason.HTTP_CLIENT_ERROR,
+    "server_error": Reason.HTTP_SERVER_ERROR,
+    "redirect": None,
+    "html": Reason.NOT_AN_IMAGE,
+    "truncated": Reason.IMAGE_TRUNCATED,
+    "empty": Reason.EMPTY_FILE,
+    "huge": Reason.IMAGE_TOO_LARGE,
+    "alpha": None,
+    "cmyk": None,
+    "animated": None,
+    "gray": None,
+    "webp": None,
+    "opted_out": Reason.OPTED_OUT,
+    "opted_out_noimageai": Reason.OPTED_OUT,
+}
+
+
+class Given:
+    """A stage whose shards are given: what `select` would have made of the URLs."""
+
+    name = "select"
+    version = 1
+    parents: dict[str, str] = {}  # noqa: RUF012 - read only
+    config: dict[str, Any] = {}  # noqa: RUF012 - read only
+
+    def __init__(self, shards: Sequence[Sequence[str]]) -> None:
+        self.digest = uid_of(repr(shards), "") * 2
+        self.num_shards = len(shards)
+        self._shards = shards
+
+    def specs(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def write_extra_files(self, folder: Path) -> Sequence[Path]:
+        return ()
+
+    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
+        for index in indices:
+            table = rows_of(self._shards[index])
+            yield ShardOutput(
+                index, table.num_rows, (RowsFile(f"shard-{index:05d}.parquet", table),), rejects_table([], [], [], [])
+            )
+
+
+def rows_of(urls: Sequence[str]) -> pa.Table:
+    rows = [
+        {"uid": uid_of(url, ""), "url": url, "caption": f"caption {number}", "punsafe": 0.01, "split": "train"}
+        for number, url in enumerate(urls)
+    ]
+    return pa.Table.from_pylist(rows, schema=SELECTED)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of loopback that refuses connections: bound, but nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def rejected(store: ObjectStore, manifest: Manifest) -> dict[str, tuple[str, str]]:
+    """URL → reason and detail."""
+    prefix = dataset_prefix(manifest.stage, manifest.digest)
+    tables = [pq.read_table(pa.BufferReader(store.read(f"{prefix}/{file.name}"))) for file in manifest.files("rejects")]
+    return {row["url"]: (row["reason"], row["detail"]) for table in tables for row in table.to_pylist()}
+
+
+def arrived(store: ObjectStore, manifest: Manifest, index: int) -> pa.Table:
+    prefix = dataset_prefix(manifest.stage, manifest.digest)
+    return pq.read_table(pa.BufferReader(store.read(f"{prefix}/shard-{index:05d}.parquet")))
+
+
+def kill_img2dataset(folder: Path) -> list[int]:
+    """Kills the child that works below a folder, as the kernel does when memory runs out."""
+    killed = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if words[1:3] == ["-P", "-c"] and any(str(folder) in word for word in words):
+            os.kill(int(process.name), signal.SIGKILL)
+            killed.append(int(process.name))
+    return killed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the child through /proc")
+def test_the_stage(
+    store: ObjectStore,
+    tmp_path: Path,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port}")  # must not be used
+    with running_server() as port:
+        site = f"http://127.0.0.1:{port}"
+        good = [f"{site}{picture_path(SEED, index, kind)}" for index, kind in enumerate(["jpg", "png", "webp"] * 2)]
+        expected: dict[str, Reason | None] = {
+            f"{site}{awkward_path(SEED, kind, 50)}": reason for kind, reason in KINDS.items()
+        }
+        expected |= {
+            f"http://127.0.0.1:{closed_port}/a.jpg": Reason.CONNECTION_FAILED,
+            "http://nowhere.invalid/a.jpg": Reason.HOST_UNKNOWN,
+            "http://10.0.0.1/a.jpg": Reason.URL_REFUSED,
+            "file:///etc/hostname": Reason.URL_REFUSED,
+        }
+        slow = f"{site}{awkward_path(SEED, 'slow', 51)}"
+        refused = ["http://169.254.169.254/latest/meta-data", "http://[::1]/a.jpg"]
+        # The slow picture keeps the second shard open while the child is killed; the last two ask for nothing.
+        shards = [[*good[:3], *expected], [slow, *good[3:], f"{site}/{SEED}/999999.gif"], refused, []]
+        selected = run_stage(store, Given(shards))
+
+        stage = DownloadStage(store, selected, CONFIG)
+        manifest = run_stage(store, stage)
+
+        other_store = open_store(str(tmp_path / "other"))
+        shutil.copytree(tmp_path / "store" / "datasets" / "select", tmp_path / "other" / "datasets" / "select")
+        killed: list[int] = []
+
+        def kill_after_first(progress: Progress) -> None:
+            if progress.report is not None and progress.report.index == 0 and not killed:
+                killed.extend(kill_img2dataset(tmp_path))
+
+        # More patience, so that the slow picture is still waited for when the child is killed: not part of the digest.
+        patient = CONFIG.model_copy(update={"timeout_s": 15})
+        with caplog.at_level(logging.WARNING):
+            again = run_stage(other_store, DownloadStage(other_store, selected, patient), kill_after_first)
+
+    assert manifest.num_in == sum(map(len, shards))
+    for shard, urls in zip(manifest.shards, shards, strict=True):
+        assert shard.num_in == len(urls) == shard.num_out + sum(shard.dropped.values())
+
+    found = rejected(store, manifest)
+    wanted = {url: reason.value for url, reason in expected.items() if reason is not None}
+    wanted |= dict.fromkeys(refused, Reason.URL_REFUSED.value)
+    wanted |= {slow: Reason.TIMED_OUT.value, shards[1][-1]: Reason.HTTP_CLIENT_ERROR.value}
+    assert {url: reason for url, (reason, _) in found.items()} == wanted
+    assert all(detail for _, detail in found.values())
+
+    kept = arrived(store, manifest, 0)
+    assert kept.schema.equals(DOWNLOADED)
+    assert kept.column("url").to_pylist() == [url for url in shards[0] if url not in wanted]
+    assert all(data.startswith(b"\xff\xd8") for data in kept.column("image").to_pylist())
+    assert set(kept.column("image_width").to_pylist() + kept.column("image_height").to_pylist()) >= {48}
+    assert len(set(kept.column("sha256").to_pylist())) == kept.num_rows
+
+    assert len(killed) == 1, "the child had ended before it could be killed"
+    assert "ended with -9 and left 1 shards undone (1), attempt 1 of 2" in " ".join(caplog.messages)
+    assert again.digest == manifest.digest
+    assert [file.sha256 for file in again.files()] == [file.sha256 for file in manifest.files()]
+    assert again.dropped == manifest.dropped
+
+
+# A child that does what img2dataset does, as far as it is told: `made` shards, then what `then` says.
+_STAND_IN = """
+import json, os, pathlib, sys, time
+import pyarrow as pa, pyarrow.parquet as pq
+arguments = json.loads(sys.argv[1])
+results = pathlib.Path(arguments["output_folder"])
+requests = sorted(pathlib.Path(arguments["url_list"]).iterdir())
+for number, file in enumerate(requests[:{made}]):
+    rows = pq.read_table(file).to_pylist()
+    rows = [dict(uid=r["uid"], jpg=r["url"].encode(), sha256=None, error_message=None) for r in rows]
+    schema = pa.schema([("uid", "string"), ("jpg", "binary"), ("sha256", "string"), ("error_message", "string")])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), results / f"{{number:08d}}.parquet")
+    (results / f"{{number:08d}}_stats.json").write_text("{{}}")
+(results / f"{{len(requests) - 1:08d}}_stats.json").touch()  # begun, and never finished
+print("these are my last words", flush=True)
+{then}
+"""
+
+
+def requests(*indices: int) -> dict[int, pa.Table]:
+    return {index: pa.table({"uid": [f"u{index}"], "url": [f"http://{index}"]}, schema=REQUESTS) for index in indices}
+
+
+def test_shards_that_the_first_child_left_are_done_by_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=2, then="sys.exit(0)"))
+    # The child's own numbers start at 0 in each run: the rows tell that ours are kept apart.
+    found = {}
+    for shard in fetch_shards(requests(4, 7, 9), CONFIG, tmp_path):
+        assert shard.index not in found
+        found[shard.index] = [row for batch in shard.batches() for row in batch]
+    assert {index: (rows[0].uid, rows[0].data) for index, rows in found.items()} == {
+        index: (f"u{index}", f"http://{index}".encode()) for index in (4, 7, 9)
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_that_does_nothing_is_a_transient_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=0, then="sys.exit(0)"))
+    with pytest.raises(
+        TransientError, match=r"(?s)ended with 0 and left 2 shards undone \(3, 5\).*these are my last words"
+    ):
+        list(fetch_shards(requests(3, 5), CONFIG, tmp_path))
+
+
+def test_a_child_that_stalls_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_CHILD", "import time; time.sleep(600)")
+    config = CONFIG.model_copy(update={"stall_timeout_s": 0.5})
+    with pytest.raises(TransientError, match=r"made no progress for 0\.5 s \(download\.stall_timeout_s\)"):
+        list(fetch_shards(requests(0), config, tmp_path))
+    assert kill_img2dataset(tmp_path) == []
+
+
+def test_a_listener_that_leaves_takes_the_child_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=1, then="time.sleep(600)"))
+    shards = fetch_shards(requests(0, 1), CONFIG, tmp_path)
+    assert next(shards).index == 0
+    shards.close()  # pyright: ignore[reportAttributeAccessIssue]  # it is a generator
+    assert kill_img2dataset(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("HTTP Error 404: Not Found", Reason.HTTP_CLIENT_ERROR),
+        ("HTTP Error 429: Too Many Requests", Reason.HTTP_CLIENT_ERROR),
+        ("HTTP Error 408: Request Timeout", Reason.HTTP_CLIENT_ERROR),
+        ("HTTP Error 503: Service Unavailable", Reason.HTTP_SERVER_ERROR),
+        ("HTTP Error 504: Gateway Timeout", Reason.HTTP_SERVER_ERROR),
+        ("Use of image disallowed by X-Robots-Tag directive", Reason.OPTED_OUT),
+        ("HTTP Error 302: Found - Redirection to url 'file:///etc/passwd' is not allowed", Reason.URL_REFUSED),
+        ("The read operation timed out", Reason.TIMED_OUT),
+        ("timed out", Reason.TIMED_OUT),
+        ("<urlopen error timed out>", Reason.TIMED_OUT),
+        ("<urlopen error _ssl.c:990: The handshake operation timed out>", Reason.TIMED_OUT),
+        ("<urlopen error [Errno 111] Connection refused>", Reason.CONNECTION_FAILED),
+        ("[Errno 104] Connection reset by peer", Reason.CONNECTION_FAILED),
+        ("<urlopen error [Errno 113] No route to host>", Reason.CONNECTION_FAILED),
+        ("<urlopen error [Errno 101] Network is unreachable>", Reason.CONNECTION_FAILED),
+        ("Remote end closed connection without response", Reason.CONNECTION_FAILED),
+        ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>", Reason.CONNECTION_FAILED),
+        ("<urlopen error [Errno -2] Name or service not known>", Reason.HOST_UNKNOWN),
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", Reason.HOST_UNKNOWN),
+        ("IncompleteRead(40 bytes read, 60 more expected)", Reason.IMAGE_TRUNCATED),
+        ("unknown url type: 'x'", Reason.DOWNLOAD_FAILED),
+        ("", Reason.DOWNLOAD_FAILED),
+    ],
+)
+def test_reasons(message: str, reason: Reason) -> None:
+    assert reason_of(message) == (reason, message)
+    assert reason_of(message + "é" * 300)[1] == (message + "é" * 300)[:200]
+
+
+def test_a_row_that_img2dataset_never_mentions_is_lost_and_counted() -> None:
+    urls = ["http://a.example/1", "http://a.example/2"]
+    output = shard_output(5, rows_of(urls), {url: Target(url, "a.example") for url in urls}, {})
+    assert output.rows[0].table.num_rows == 0
+    assert output.rows[0].table.schema.equals(DOWNLOADED)
+    assert output.rejects.column("reason").to_pylist() == [Reason.LOST_BY_DOWNLOADER] * 2
+
+
+def test_nothing_is_refused_for_ever_while_nobody_answers(
+    store: ObjectStore, tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is down: no shard is committed, so that the same command works once it is up."""
+    child = _STAND_IN.replace('jpg=r["url"].encode()', "jpg=None").replace(
+        "error_message=None", 'error_message="<urlopen error [Errno 111] Connection refused>"'
+    )
+    monkeypatch.setattr(fetch, "_CHILD", child.format(made=9, then=""))
+    site = f"http://127.0.0.1:{closed_port}"
+    selected = run_stage(store, Given([[f"{site}/{index}.jpg"] for index in range(2)]))
+    stage = DownloadStage(store, selected, CONFIG)
+    seen: list[Progress] = []
+    with pytest.raises(TransientError, match=r"0 of 2 pictures arrived \(connection_failed 2\): is the server up"):
+        run_stage(store, stage, seen.append)
+    assert list(store.list(f"{dataset_prefix('download', stage.digest)}/")) == []
+    # With another shard done earlier, somebody has answered: these are dead links.
+    assert [output.index for output in stage.outputs([1], tmp_path)] == [1]
+
+
+def test_the_digest_names_what_changes_the_result(store: ObjectStore) -> None:
+    selected = run_stage(store, Given([[]]))
+    digest = DownloadStage(store, selected, CONFIG).digest
+    for same in ({"num_threads": 3}, {"timeout_s": 1.5}, {"retries": 9}, {"stall_timeout_s": 1.0}):
+        assert DownloadStage(store, selected, CONFIG.model_copy(update=same)).digest == digest
+    for other in ({"image_size_px": 49}, {"allow_networks": ()}, {"encode_quality": 90}):
+        assert DownloadStage(store, selected, CONFIG.model_copy(update=other)).digest != digest
+
+
+def test_a_changed_shard_of_the_selection_is_refused(store: ObjectStore, tmp_path: Path) -> None:
+    selected = run_stage(store, Given([["http://10.0.0.1/"]]))
+    name = f"{dataset_prefix('select', selected.digest)}/shard-00000.parquet"
+    store.put(name, store.read(name) + b"!")
+    with pytest.raises(ContractError, match="its manifest says"):
+        list(DownloadStage(store, selected, CONFIG).outputs([0], tmp_path))
+
+
+def manifest_of(num_out: int, dropped: dict[str, int]) -> Manifest:
+    report = ShardReport.model_construct(
+        index=0, num_in=num_out + sum(dropped.values()), num_out=num_out, dropped=dropped, files=()
+    )
+    return Manifest.model_construct(stage="download", shards=(report,))
+
+
+def test_the_gate() -> None:
+    with pytest.raises(GateError) as refused:
+        check_gate(manifest_of(0, {"connection_failed": 3900}), CONFIG)
+    assert str(refused.value) == (
+        "download: 0 of 3,900 pictures arrived (connection_failed 3,900): "
+        "is the server up, are the networks allowed? see download.allow_networks"
+    )
+    half = CONFIG.model_copy(update={"min_success_rate": 0.5})
+    check_gate(manifest_of(1, {"timed_out": 1}), half)
+    check_gate(manifest_of(1, {"timed_out": 99}), CONFIG)
+    with pytest.raises(GateError, match=r"1 of 3 pictures arrived .* under download\.min_success_rate = 0\.5"):
+        check_gate(manifest_of(1, {"timed_out": 2}), half)
+
+
+def test_the_childs_environment() -> None:
+    given = {
+        "PATH": "/bin",
+        "HTTPS_PROXY": "x",
+        "all_proxy": "x",
+        "no_proxy": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "PREFECT_API_URL": "x",
+        "WANDB_API_KEY": "x",
+        "MY_TOKEN": "x",
+    }
+    assert child_environment(given) == {
+        "PATH": "/bin",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "WANDB_MODE": "disabled",
+        "no_proxy": "*",
+    }

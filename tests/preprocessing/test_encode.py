@@ -1,0 +1,231 @@
+"""The encode stage with the shipped tiny models, on pictures of the demo world and on awkward ones."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from infra.storage import ObjectStore, open_store
+from model.crop import central_square
+from model.encoders import encode_moments, images_to_pixels
+from model.masks import draw_mask, to_latent_mask, unpack_mask
+from model.tiny.world import draw, scene_at
+from preprocessing.contracts.config import EncodeConfig, ModelConfig
+from preprocessing.contracts.digests import is_held_out, uid_of
+from preprocessing.contracts.manifest import Manifest, dataset_prefix
+from preprocessing.contracts.reasons import Reason
+from preprocessing.contracts.schemas import DOWNLOADED
+from preprocessing.encode import EncodeStage, encode_rows
+from preprocessing.stage import RowsFile, ShardOutput, commit_shard, rejects_table, run_stage
+
+NO_REJECTS = rejects_table([], [], [], [])
+SIDE_PX = 64
+
+
+def _row(index: int, image: bytes, sha256: str) -> dict[str, object]:
+    scene = scene_at(5, index)
+    url = f"http://pictures.test/{index}.png"
+    uid = uid_of(url, scene.caption)
+    return {
+        "uid": uid,
+        "url": url,
+        "caption": scene.caption,
+        "width": scene.width_px,
+        "height": scene.height_px,
+        "similarity": 0.3,
+        "punsafe": 0.01,
+        "pwatermark": 0.1,
+        "aesthetic": 5.0,
+        "split": "validation" if is_held_out(uid, 0.3) else "train",
+        "image": image,
+        "image_width": scene.width_px,
+        "image_height": scene.height_px,
+        "original_width": scene.width_px,
+        "original_height": scene.height_px,
+        "sha256": sha256,
+    }
+
+
+def _png(index: int) -> bytes:
+    buffer = io.BytesIO()
+    draw(scene_at(5, index)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _table(indices: range) -> pa.Table:
+    return pa.Table.from_pylist([_row(i, _png(i), f"{i:064x}") for i in indices], schema=DOWNLOADED)
+
+
+class _Downloaded:
+    """A download dataset, put into the store without a network."""
+
+    name, version, digest, parents, config = "download", 1, "d" * 64, {"select": "s" * 64}, {}
+
+    def __init__(self, tables: list[pa.Table]):
+        self._tables = tables
+        self.num_shards = len(tables)
+
+    def specs(self) -> dict[str, dict[str, object]]:
+        return {}
+
+    def write_extra_files(self, folder: Path) -> list[Path]:
+        return []
+
+    def outputs(self, indices, scratch):
+        for index in indices:
+            table = self._tables[index]
+            yield ShardOutput(index, table.num_rows, (RowsFile(f"shard-{index:05d}.parquet", table),), NO_REJECTS)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return ModelConfig(base="tiny", base_prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def config() -> EncodeConfig:
+    return EncodeConfig(resolution_px=SIDE_PX, mask_family="lama_train_256", num_mask_variants=2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+    return open_store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def stage(store: ObjectStore, config: EncodeConfig, model: ModelConfig) -> EncodeStage:
+    copy = _row(1, _png(1), f"{1:064x}") | {"uid": "f" * 32, "url": "http://pictures.test/copy.png"}
+    broken = _row(30, b"not a picture", "e" * 64)
+    second = pa.concat_tables([_table(range(10, 20)), pa.Table.from_pylist([copy, broken], schema=DOWNLOADED)])
+    return EncodeStage(store, run_stage(store, _Downloaded([_table(range(10)), second])), config, model)
+
+
+@pytest.fixture(scope="module")
+def manifest(store: ObjectStore, stage: EncodeStage) -> Manifest:
+    return run_stage(store, stage)
+
+
+def test_every_row_is_accounted_for(manifest: Manifest):
+    assert (manifest.num_in, manifest.num_out) == (22, 20)
+    assert manifest.dropped == {Reason.DUPLICATE_IMAGE: 1, Reason.IMAGE_UNREADABLE: 1}
+
+
+def test_the_copy_in_a_later_shard_is_the_one_that_is_refused(store: ObjectStore, manifest: Manifest):
+    name = manifest.shards[1].files[-1].name
+    path = store.local_path(f"{dataset_prefix('encode', manifest.digest)}/{name}")
+    assert {row["uid"] for row in pq.read_table(path).to_pylist() if row["reason"] == Reason.DUPLICATE_IMAGE} == {
+        "f" * 32
+    }
+
+
+def test_held_out_rows_stand_in_files_of_their_own(store: ObjectStore, manifest: Manifest):
+    prefix = dataset_prefix("encode", manifest.digest)
+    for split in ("train", "validation"):
+        files = manifest.files("rows", split)
+        assert files
+        for file in files:
+            uids = pq.read_table(store.local_path(f"{prefix}/{file.name}"), columns=["uid"]).column("uid").to_pylist()
+            assert all(is_held_out(uid, 0.3) == (split == "validation") for uid in uids)
+
+
+def test_tensors_are_what_the_models_give(
+    store: ObjectStore, stage: EncodeStage, manifest: Manifest, config: EncodeConfig
+):
+    encoders = stage._encoders
+    prefix = dataset_prefix("encode", manifest.digest)
+    rows = pq.read_table(store.local_path(f"{prefix}/{manifest.files('rows', 'train')[0].name}")).to_pylist()
+    for row in rows[:3]:
+        crop = np.asarray(Image.open(io.BytesIO(row["image"])))
+        index = int(row["url"].rsplit("/", 1)[1][:-4])
+        assert np.array_equal(crop, central_square(draw(scene_at(5, index)), SIDE_PX)[0])
+        pixels = images_to_pixels(crop[None])
+        moments = np.frombuffer(row["moments"], "<f2").reshape(8, 8, 8)
+        np.testing.assert_allclose(moments, encode_moments(encoders.vae, pixels)[0].numpy(), atol=0.02, rtol=0.002)
+        text = np.frombuffer(row["text_embeddings"], "<f2").reshape(77, encoders.text.width)
+        np.testing.assert_allclose(text, encoders.text.embed_captions([row["caption"]])[0].numpy(), atol=5e-3)
+        for k in range(config.num_mask_variants):
+            mask = draw_mask(config.mask_family, SIDE_PX, config.mask_seed, row["uid"], k)
+            assert np.array_equal(unpack_mask(row[f"mask_{k}"], (8, 8)), to_latent_mask(mask))
+            masked = encode_moments(encoders.vae, pixels * torch.from_numpy(1 - mask))[0].numpy()
+            stored = np.frombuffer(row[f"masked_moments_{k}"], "<f2").reshape(8, 8, 8)
+            np.testing.assert_allclose(stored, masked, atol=0.02, rtol=0.002)
+
+
+def test_tensor_columns_can_be_mapped(store: ObjectStore, manifest: Manifest):
+    """data_page_offset + total_compressed_size - num_rows × width is where the raw values start."""
+    prefix = dataset_prefix("encode", manifest.digest)
+    path = store.local_path(f"{prefix}/{manifest.files('rows', 'train')[0].name}")
+    assert path is not None
+    file, content = pq.ParquetFile(path), path.read_bytes()
+    assert file.num_row_groups == 1
+    group, table = file.metadata.row_group(0), file.read()
+    names = [name for name in table.schema.names if pa.types.is_fixed_size_binary(table.schema.field(name).type)]
+    assert len(names) == 2 + 2 * 2
+    for i in range(group.num_columns):
+        chunk = group.column(i)
+        if chunk.path_in_schema not in names:
+            continue
+        values = b"".join(table.column(chunk.path_in_schema).to_pylist())
+        start = chunk.data_page_offset + chunk.total_compressed_size - len(values)
+        assert content[start : start + len(values)] == values
+
+
+def test_constants_belong_to_the_dataset(store: ObjectStore, stage: EncodeStage, manifest: Manifest):
+    (file,) = manifest.extra_files
+    constants = load_file(str(store.local_path(f"{dataset_prefix('encode', manifest.digest)}/{file.name}")))
+    grey = encode_moments(stage._encoders.vae, torch.zeros(1, 3, SIDE_PX, SIDE_PX))[0]
+    torch.testing.assert_close(constants["full_mask_moments"].float(), grey, atol=0.02, rtol=0.002)
+    null = stage._encoders.text.embed_captions([""])[0]
+    torch.testing.assert_close(constants["null_text_embedding"].float(), null, atol=5e-3, rtol=0)
+
+
+def test_again_is_the_same_bytes(tmp_path: Path, stage: EncodeStage, manifest: Manifest, store: ObjectStore):
+    again = open_store(str(tmp_path))
+    downloaded = run_stage(again, _Downloaded([_table(range(10))]))
+    fresh = EncodeStage(
+        again,
+        downloaded,
+        EncodeConfig(**manifest.config),
+        ModelConfig(base_prediction_type="v_prediction", base="tiny"),
+    )
+    output = next(fresh.outputs([0], tmp_path))
+    report = commit_shard(again, "x", output, tmp_path)
+    assert {f.name: f.sha256 for f in report.files} == {f.name: f.sha256 for f in manifest.shards[0].files}
+
+
+def test_other_weights_are_another_dataset(
+    tmp_path: Path, store: ObjectStore, stage: EncodeStage, config: EncodeConfig, model: ModelConfig
+):
+    import shutil
+
+    shutil.copytree(model.directory, tmp_path / "model")
+    path = tmp_path / "model" / "vae" / "config.json"
+    path.write_text(path.read_text() + "\n")
+    other = EncodeStage(
+        store, stage._downloaded, config, ModelConfig(base=str(tmp_path / "model"), base_prediction_type="v_prediction")
+    )
+    assert other.digest != stage.digest
+
+
+def test_a_row_that_becomes_nan_is_refused(
+    stage: EncodeStage, store: ObjectStore, config: EncodeConfig, model: ModelConfig
+):
+    """A VAE whose encoder overflows never reaches a committed shard."""
+    broken = EncodeStage(store, stage._downloaded, config, model)
+    with torch.no_grad():
+        broken._encoders.vae.quant_conv.bias.fill_(float("nan"))
+    kept, rejects = encode_rows(_table(range(4)), broken._encoders, batch_size=3)
+    assert kept.num_rows == 0
+    assert rejects.column("reason").to_pylist() == [Reason.NON_FINITE] * 4
+
+
+def test_an_empty_shard_is_an_empty_shard(store: ObjectStore, config: EncodeConfig, model: ModelConfig, tmp_path: Path):
+    folder = open_store(str(tmp_path))
+    manifest = run_stage(folder, EncodeStage(folder, run_stage(folder, _Downloaded([_table(range(0))])), config, model))
+    assert (manifest.num_in, manifest.num_out, manifest.files("rows")) == (0, 0, [])

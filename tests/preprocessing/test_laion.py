@@ -1,0 +1,256 @@
+"""Metadata files of every LAION release, local and in S3, and those that must be refused."""
+
+import gzip
+import math
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from infra.storage import open_store
+from preprocessing.laion import ROWS, count_rows, find_metadata, read_rows, source_digest
+
+# The columns of each release, as they are spelled there.
+RELEASES = {
+    "laion2B-en-joined": "URL TEXT WIDTH HEIGHT similarity hash punsafe pwatermark",
+    "laion2B-multi-joined": "URL TEXT WIDTH HEIGHT LANGUAGE similarity hash punsafe pwatermark",
+    "laion2B-en-aesthetic": "URL TEXT WIDTH HEIGHT similarity hash punsafe pwatermark aesthetic",
+    "improved_aesthetics_6plus": "URL TEXT WIDTH HEIGHT similarity hash punsafe pwatermark AESTHETIC_SCORE",
+    "laion2B-with-md5": "url caption similarity hash punsafe pwatermark md5",
+    "laion-coco": "URL top_caption WIDTH HEIGHT similarity hash pwatermark punsafe",
+    "img2dataset": "key url caption width height original_width original_height punsafe pwatermark similarity status",
+}
+VALUES = {
+    "url": ["http://a.example/1.jpg", None],
+    "text": ["a red circle", None],
+    "caption": ["a red circle", None],
+    "top_caption": ["a red circle", None],
+    "width": [640, None],
+    "height": [480, None],
+    "original_width": [1640, None],
+    "original_height": [1480, None],
+    "punsafe": [0.05, None],
+    "pwatermark": [0.5, math.nan],
+    "similarity": [0.3, None],
+    "aesthetic": [5.5, None],
+    "aesthetic_score": [5.5, None],
+}
+
+
+def write(path: Path, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def write_minimal(path: Path, url: str = "http://a.example/1.jpg", punsafe: object = 0.01) -> Path:
+    return write(path, URL=[url], TEXT=["a caption"], punsafe=[punsafe])
+
+
+def read(tmp_path: Path, *patterns: str | Path, num_rows: int = 1000) -> pl.DataFrame:
+    return pl.concat(read_rows(find_metadata([str(p) for p in patterns], tmp_path / "scratch"), num_rows))
+
+
+def error_of(tmp_path: Path, *patterns: str | Path) -> str:
+    """The one line that a user sees."""
+    with pytest.raises(ValueError, match=r"^source\.metadata: ") as caught:
+        read(tmp_path, *patterns)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_becomes_one_form(tmp_path: Path, release: str) -> None:
+    names = RELEASES[release].split()
+    write(tmp_path / "part.parquet", **{name: VALUES.get(name.lower(), ["other", None]) for name in names})
+    rows = read(tmp_path, tmp_path / "part.parquet")
+    assert dict(rows.schema) == {name: dtype() for name, dtype in ROWS.items()}
+    first, second = rows.rows(named=True)
+    has_size = "width" in [name.lower() for name in names]
+    assert (first["url"], first["caption"]) == ("http://a.example/1.jpg", "a red circle")
+    assert first["width"] == (1640 if release == "img2dataset" else 640 if has_size else None)
+    assert (first["punsafe"], first["similarity"]) == (0.05, 0.3)
+    assert first["aesthetic"] == (5.5 if "aesthetic" in release else None)
+    assert [second[name] for name in ("url", "caption", "width", "height", "punsafe", "similarity")] == [None] * 6
+    assert math.isnan(second["pwatermark"])
+
+
+def test_32_bit_scores_keep_their_value(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", URL=["u"], TEXT=["t"], punsafe=pa.array([0.1], pa.float32()))
+    assert read(tmp_path, tmp_path / "a.parquet")["punsafe"][0] == 0.10000000149011612
+
+
+def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
+    widths = [512.0, math.nan, None, 1e12]
+    write(tmp_path / "a.parquet", URL=["u"] * 4, TEXT=["t"] * 4, punsafe=[0.0] * 4, WIDTH=widths)
+    assert read(tmp_path, tmp_path / "a.parquet")["width"].to_list() == [512, None, None, None]
+
+
+def test_other_types_that_mean_the_same(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.parquet",
+        URL=pa.array(["u", "v"], pa.large_string()),
+        TEXT=pa.array(["t", "t"]).dictionary_encode(),
+        punsafe=pa.array(["0.5", "nan"]),
+        pwatermark=pa.nulls(2),
+        WIDTH=pa.array([1, 2], pa.uint16()),
+    )
+    rows = read(tmp_path, tmp_path / "a.parquet")
+    assert rows.select("url", "caption", "width", "pwatermark").rows() == [("u", "t", 1, None), ("v", "t", 2, None)]
+    assert rows["punsafe"][0] == 0.5
+    assert math.isnan(rows["punsafe"][1])
+
+
+def test_csv(tmp_path: Path) -> None:
+    text = (
+        "URL,TEXT,WIDTH,HEIGHT,punsafe,pwatermark,note\n"
+        'http://a.example/1.jpg,"one, ""two""\nthree",512.0,400,0.05,0.5,x\n'
+        "http://a.example/2.jpg,,,,,NaN,y\n"
+    )
+    (tmp_path / "a.csv").write_text(text)
+    with gzip.open(tmp_path / "b.csv.gz", "wt") as file:
+        file.write(text)
+    rows = read(tmp_path, tmp_path / "a.csv")
+    assert rows.select("url", "caption", "width", "height", "punsafe").rows() == [
+        ("http://a.example/1.jpg", 'one, "two"\nthree', 512, 400, 0.05),
+        ("http://a.example/2.jpg", "", None, None, None),
+    ]
+    assert read(tmp_path, tmp_path / "b.csv.gz").equals(rows)
+    files = find_metadata([str(tmp_path / "*.csv*")], tmp_path)
+    assert [count_rows(file) for file in files] == [2, 2]
+
+
+def test_parquet_and_csv_of_the_same_rows_are_the_same(tmp_path: Path) -> None:
+    table = pa.table({"url": ["u", "v"], "text": ["s", "t"], "punsafe": [0.25, None], "width": [1, 2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pa_csv.write_csv(table, tmp_path / "a.csv")
+    assert read(tmp_path, tmp_path / "a.csv").equals(read(tmp_path, tmp_path / "a.parquet"))
+
+
+def test_globs_are_sorted_and_each_file_is_read_once(tmp_path: Path) -> None:
+    for name in ("b/2.parquet", "a/1.parquet", "a/c/3.parquet"):
+        write_minimal(tmp_path / name, url=name)
+    patterns = [tmp_path / "*" / "*.parquet", tmp_path / "b" / "2.parquet", f"file://{tmp_path}/a/**/*.parquet"]
+    assert read(tmp_path, *patterns)["url"].to_list() == ["a/1.parquet", "a/c/3.parquet", "b/2.parquet"]
+
+
+def test_a_name_with_brackets(tmp_path: Path) -> None:
+    assert read(tmp_path, write_minimal(tmp_path / "part[1].parquet")).height == 1
+
+
+def test_tables_cross_files(tmp_path: Path) -> None:
+    for start, count in ((0, 5), (5, 1), (6, 0), (6, 6)):
+        urls = pa.array([str(i) for i in range(start, start + count)], pa.string())
+        scores = pa.array([0.0] * count, pa.float64())
+        write(tmp_path / f"{start}-{count}.parquet", URL=urls, TEXT=urls, punsafe=scores)
+    files = find_metadata([str(tmp_path / "*.parquet")], tmp_path)
+    tables = list(read_rows(files, 4))
+    assert [table.height for table in tables] == [4, 4, 4]
+    assert pl.concat(tables)["url"].to_list() == [str(i) for i in range(12)]
+    assert sum(count_rows(file) for file in files) == 12
+    assert [table.height for table in read_rows(files, 5)] == [5, 5, 2]
+
+
+def test_the_digest_is_of_contents_in_order(tmp_path: Path) -> None:
+    for name, url in {"a/1": "u", "a/2": "v", "b/x": "u", "b/y": "v", "c/1": "v", "c/2": "u"}.items():
+        write_minimal(tmp_path / f"{name}.parquet", url=url)
+    digests = [source_digest(find_metadata([str(tmp_path / folder / "*")], tmp_path)) for folder in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_s3(s3_root: str, tmp_path: Path) -> None:
+    store = open_store(s3_root)
+    for name in ("laion/1.parquet", "laion/2.parquet", "laion/deep/1.parquet", "laion/readme.txt"):
+        store.upload(name, write_minimal(tmp_path / "file", url=name))
+    assert read(tmp_path, f"{s3_root}/laion/*.parquet")["url"].to_list() == ["laion/1.parquet", "laion/2.parquet"]
+    assert read(tmp_path, f"{s3_root}/laion/**.parquet").height == 3
+    assert read(tmp_path, f"{s3_root}/laion/deep/1.parquet")["url"].to_list() == ["laion/deep/1.parquet"]
+    assert "matches no file" in error_of(tmp_path, f"{s3_root}/laion/3.parquet")
+    assert "matches no file" in error_of(tmp_path, f"{s3_root}/nothing/*.parquet")
+    assert "names no object" in error_of(tmp_path, s3_root.rsplit("/", 1)[0])
+    file = find_metadata([f"{s3_root}/laion/1.parquet"], tmp_path / "scratch")[0]
+    assert file.name == f"{s3_root}/laion/1.parquet"
+
+
+@pytest.mark.parametrize("pattern", ["nothing.parquet", "*.parquet"])
+def test_nothing_found(tmp_path: Path, pattern: str) -> None:
+    message = error_of(tmp_path, tmp_path / pattern)
+    assert str(tmp_path / pattern) in message
+    assert "matches no file" in message
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert str(tmp_path / "*.parquet") in error_of(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("missing", "kept"), [("punsafe", "URL, TEXT"), ("URL", "TEXT, punsafe"), ("TEXT", "URL, punsafe")]
+)
+def test_a_column_that_must_be_there(tmp_path: Path, missing: str, kept: str) -> None:
+    columns = {"URL": ["u"], "TEXT": ["t"], "punsafe": [0.0]}
+    del columns[missing]
+    path = write(tmp_path / "a.parquet", **columns)
+    message = error_of(tmp_path, path)
+    ours = {"punsafe": "punsafe", "URL": "url", "TEXT": "caption"}[missing]
+    assert f"{path} has no {ours} column" in message
+    assert kept in message
+
+
+def test_a_csv_without_punsafe(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,text\nu,t\n")
+    assert "has no punsafe column" in error_of(tmp_path, tmp_path / "a.csv")
+
+
+def test_one_file_of_many_without_punsafe(tmp_path: Path) -> None:
+    write_minimal(tmp_path / "1.parquet")
+    write(tmp_path / "2.parquet", URL=["u"], TEXT=["t"])
+    assert f"{tmp_path / '2.parquet'} has no punsafe column" in error_of(tmp_path, tmp_path / "*.parquet")
+
+
+def test_columns_that_differ_by_case_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", URL=["u"], url=["v"], TEXT=["t"], punsafe=[0.0])
+    assert "has the columns URL, url; leave only one" in error_of(tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"punsafe": ["0.1", "unsafe"]}, "column 'punsafe' has values that are not numbers"),
+        ({"punsafe": [True, False]}, "column 'punsafe' is bool, expected numbers"),
+        ({"punsafe": [[0.1], [0.2]]}, "column 'punsafe' is list<element: double>, expected numbers"),
+        ({"URL": [1, 2]}, "column 'URL' is int64, expected text"),
+        ({"TEXT": [1.5, 2.5]}, "column 'TEXT' is double, expected text"),
+    ],
+)
+def test_a_column_of_a_wrong_type(tmp_path: Path, columns: dict[str, list], said: str) -> None:
+    path = write(tmp_path / "a.parquet", **({"URL": ["u", "v"], "TEXT": ["s", "t"], "punsafe": [0.0, 0.0]} | columns))
+    assert f"{path}: {said}" in error_of(tmp_path, path)
+
+
+def test_a_csv_with_text_for_a_number(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,text,punsafe\nu,t,unsafe\n")
+    message = error_of(tmp_path, tmp_path / "a.csv")
+    assert "a.csv cannot be read" in message
+    assert "unsafe" in message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json", "a.csv"])
+def test_not_a_table(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    message = error_of(tmp_path, tmp_path / name)
+    assert ("cannot be read" if name == "a.csv" else "is neither a Parquet nor a CSV file") in message
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = write_minimal(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "a.parquet cannot be read" in error_of(tmp_path, path)
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    text = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    path = write(tmp_path / "a.parquet", URL=["u"], TEXT=text, punsafe=[0.0])
+    assert "a.parquet cannot be read" in error_of(tmp_path, path)
