@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from infra.claims import CLAIM_NAME, Claim
 from infra.errors import ContractError, TransientError
 from infra.storage import (
     AlreadyExistsError,
@@ -40,6 +41,7 @@ MANIFEST_NAME = "MANIFEST.json"
 BundleKind = Literal["checkpoint", "export", "report"]
 NameFilter = Callable[[str], bool]
 
+_OWN_NAMES = (MANIFEST_NAME, CLAIM_NAME)
 _CHUNK_BYTES = 8 << 20
 _NUM_DOWNLOADS = 4
 _MAX_UPLOAD_ROUNDS = 5
@@ -70,8 +72,8 @@ class BundleFile(_Record):
     @field_validator("name")
     @classmethod
     def _stays_inside(cls, name: str) -> str:
-        if name == MANIFEST_NAME:
-            raise ValueError(f"{MANIFEST_NAME} does not list itself")
+        if name in _OWN_NAMES:
+            raise ValueError(f"{name} is no file of a bundle")
         return check_key(name)
 
 
@@ -149,8 +151,8 @@ def commit_bundle(
     if done is not None:
         return done
     paths = _files_of(folder)
-    if not paths or MANIFEST_NAME in paths:
-        raise ValueError(f"bundle: {folder} must hold files, and none named {MANIFEST_NAME}")
+    if not paths or paths.keys() & set(_OWN_NAMES):
+        raise ValueError(f"bundle: {folder} must hold files, and none named {' or '.join(_OWN_NAMES)}")
     files = tuple(
         BundleFile(name=name, num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
         for name, path in paths.items()
@@ -164,45 +166,44 @@ def commit_bundle(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         conditional_writes=store.conditional_writes,
     )
-    etags: dict[str, str] = {}
-    _upload_until_ours(store, prefix, folder, files, etags)
-    try:
-        store.put_if_absent(f"{prefix}/{MANIFEST_NAME}", manifest.model_dump_json(indent=1).encode())
-    except AlreadyExistsError:
+    manifest_key = f"{prefix}/{MANIFEST_NAME}"
+    # Writers of the same bytes may well upload them at once; others take turns.
+    holder = sha256_of_bytes("".join(file.model_dump_json() for file in files).encode())
+    claim = Claim(store, prefix, holder, lambda: store.exists(manifest_key))
+    if not _upload(store, prefix, folder, files, claim):
         _log.info("%s: another writer committed first; its manifest stands", prefix)
         return load_bundle(store, prefix)
-    # A second writer of other bytes may have replaced a file between our look and our manifest.
-    _upload_until_ours(store, prefix, folder, files, etags, is_committed=True)
-    return manifest
+    with contextlib.suppress(AlreadyExistsError):
+        store.put_if_absent(manifest_key, manifest.model_dump_json(indent=1).encode())
+    claim.release()
+    return load_bundle(store, prefix)
 
 
-def _upload_until_ours(
-    store: ObjectStore,
-    prefix: str,
-    folder: Path,
-    files: tuple[BundleFile, ...],
-    etags: dict[str, str],
-    *,
-    is_committed: bool = False,
-) -> None:
-    """Upload what is not in the store as we left it, until a whole look finds nothing to do.
+def _upload(store: ObjectStore, prefix: str, folder: Path, files: tuple[BundleFile, ...], claim: Claim) -> bool:
+    """Upload files until a whole look finds every one as we left it.
 
     Args:
         store: Where to.
         prefix: The bundle's.
         folder: The local files.
         files: What to upload.
-        etags: Name → etag after our own upload; filled in here.
-        is_committed: Whether the manifest that stands is ours.
+        claim: Held while we upload.
+
+    Returns:
+        False if somebody else committed the bundle: its files must not be touched.
+
+    Raises:
+        TransientError: The store does not keep them.
     """
+    etags: dict[str, str] = {}
     for _ in range(_MAX_UPLOAD_ROUNDS):
         changed = [file for file in files if not _is_there(store, f"{prefix}/{file.name}", file, etags)]
         if not changed:
-            return
+            return claim.hold(0)
         for file in changed:
             key = f"{prefix}/{file.name}"
-            if not is_committed and store.exists(f"{prefix}/{MANIFEST_NAME}"):
-                return  # lost: whoever committed must find its own files there
+            if not claim.hold(file.num_bytes):
+                return False
             store.upload(key, folder / file.name, file.sha256)
             info = store.head(key)
             if info.num_bytes == file.num_bytes:

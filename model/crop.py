@@ -31,4 +31,4 @@ def central_square(picture: Image.Image, side_px: int) -> tuple[np.ndarray, Crop
     resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     box = CropBox((height - side_px) // 2, (width - side_px) // 2, width, height)
     square = resized.crop((box.left, box.top, box.left + side_px, box.top + side_px))
-    return np.asarray(square), box
+    return np.array(square), box

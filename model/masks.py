@@ -252,9 +252,9 @@ def _draw_stable_diffusion(canvas: _Canvas, parameters: _StableDiffusion, random
 def _draw_strokes(canvas: _Canvas, parameters: _StableDiffusion, random: np.random.Generator) -> None:
     """Separate strokes. Their source speaks of a chain, but draws a new start for each."""
     for _ in range(random.integers(*parameters.num_strokes)):
-        x, y = random.integers(0, canvas.native_px, size=2)
+        x, y = (int(value) for value in random.integers(0, canvas.native_px, size=2))
         angle = float(random.integers(0, 360))  # read as radians, as published: a direction like any other
-        length, width = random.integers(*parameters.stroke_length), int(random.integers(*parameters.stroke_width))
+        length, width = int(random.integers(*parameters.stroke_length)), int(random.integers(*parameters.stroke_width))
         end = (x + length * math.sin(angle), y + length * math.cos(angle))
         canvas.line((x, y), end, width, has_round_ends=False)
 

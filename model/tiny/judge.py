@@ -76,7 +76,7 @@ def object_crop(image: np.ndarray, box: tuple[float, float, float, float]) -> np
     crop = Image.fromarray(image).transform(
         (CROP_PX, CROP_PX), Image.Transform.EXTENT, window, Image.Resampling.BILINEAR
     )
-    return np.asarray(crop)
+    return np.array(crop)
 
 
 def load_judge(directory: Path | None = None) -> Judge:

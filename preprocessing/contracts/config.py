@@ -77,7 +77,12 @@ class SelectConfig(Config):
     validation_fraction: float = Field(
         default=0.02, ge=0, lt=1, description="Held out of training, chosen by a hash of the uid."
     )
-    min_rows: int = Field(default=1, ge=0, description="Gate: fewer rows than this stop the pipeline (exit code 3).")
+    min_rows: int = Field(
+        default=1,
+        ge=0,
+        description="Gate: fewer rows than this stop the pipeline (exit code 3).",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
 
 
 Network = Annotated[str, Field(description="An address range, such as 127.0.0.0/8 or 10.1.0.0/16.")]
@@ -97,14 +102,18 @@ class DownloadConfig(Config):
     max_image_area_px: int = Field(default=64_000_000, ge=1, description="Larger pictures are refused.")
     max_aspect: float = Field(default=20.0, ge=1)
     min_success_rate: float = Field(
-        default=0.0, ge=0, le=1, description="Gate on downloaded / selected rows (exit code 3)."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Gate on downloaded / selected rows (exit code 3).",
+        json_schema_extra=NOT_IN_DIGEST,
     )
     timeout_s: float = Field(default=10, gt=0, json_schema_extra=NOT_IN_DIGEST)
     retries: int = Field(default=1, ge=0, le=10, json_schema_extra=NOT_IN_DIGEST)
     num_processes: int = Field(default=1, ge=1, le=256, json_schema_extra=NOT_IN_DIGEST)
     num_threads: int = Field(default=32, ge=1, le=1024, json_schema_extra=NOT_IN_DIGEST)
     stall_timeout_s: float = Field(
-        default=300, gt=0, json_schema_extra=NOT_IN_DIGEST, description="No new shard for this long: stop and retry."
+        default=300, gt=0, json_schema_extra=NOT_IN_DIGEST, description="No new bytes for this long: stop and retry."
     )
     user_agent_token: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_-]+$", description="Named to servers and matched in opt-out headers."

@@ -235,15 +235,15 @@ def end(process: subprocess.Popen[str]) -> int:
 def test_commit_killed_anywhere_leaves_no_manifest_or_a_true_one(tmp_path: Path):
     folder, root = tmp_path / "made", str(tmp_path / "store")
     folder.mkdir()
-    for index in range(300):
+    for index in range(120):
         (folder / f"{index:03d}").write_bytes(b"x" * index)
     store = open_store(root)
     num_killed_midway = 0
-    for trial in range(6):
+    for trial in range(5):
         prefix = f"reports/{trial}"
         process = start(_COMMIT, root, prefix, str(folder), "demo")
         go(process)
-        while sum(1 for _ in store.list(f"{prefix}/")) < 1 + trial * 40 and process.poll() is None:
+        while sum(1 for _ in store.list(f"{prefix}/")) < 1 + trial * 20 and process.poll() is None:
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         end(process)

@@ -375,9 +375,6 @@ def test_the_childs_environment() -> None:
         "WANDB_API_KEY": "x",
         "MY_TOKEN": "x",
     }
-    assert child_environment(given) == {
-        "PATH": "/bin",
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "WANDB_MODE": "disabled",
-        "no_proxy": "*",
-    }
+    modules = Path("/modules")
+    assert child_environment(given, modules) == {"PATH": "/bin", "PYTHONPATH": "/modules", "no_proxy": "*"}
+    assert child_environment({"PYTHONPATH": "/a:/b"}, modules)["PYTHONPATH"] == f"/modules{os.pathsep}/a:/b"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from infra.errors import GateError
 from infra.storage import ObjectStore, open_store
 from model.crop import central_square
 from model.encoders import encode_moments, images_to_pixels
@@ -21,7 +22,7 @@ from preprocessing.contracts.digests import is_held_out, uid_of
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import DOWNLOADED
-from preprocessing.encode import EncodeStage, encode_rows
+from preprocessing.encode import EncodeStage, check_gate, encode_rows
 from preprocessing.stage import RowsFile, ShardOutput, commit_shard, rejects_table, run_stage
 
 NO_REJECTS = rejects_table([], [], [], [])
@@ -141,7 +142,7 @@ def test_tensors_are_what_the_models_give(
     prefix = dataset_prefix("encode", manifest.digest)
     rows = pq.read_table(store.local_path(f"{prefix}/{manifest.files('rows', 'train')[0].name}")).to_pylist()
     for row in rows[:3]:
-        crop = np.asarray(Image.open(io.BytesIO(row["image"])))
+        crop = np.array(Image.open(io.BytesIO(row["image"])))
         index = int(row["url"].rsplit("/", 1)[1][:-4])
         assert np.array_equal(crop, central_square(draw(scene_at(5, index)), SIDE_PX)[0])
         pixels = images_to_pixels(crop[None])
@@ -191,7 +192,7 @@ def test_again_is_the_same_bytes(tmp_path: Path, stage: EncodeStage, manifest: M
     fresh = EncodeStage(
         again,
         downloaded,
-        EncodeConfig(**manifest.config),
+        EncodeConfig(**manifest.config, batch_size=8),
         ModelConfig(base_prediction_type="v_prediction", base="tiny"),
     )
     output = next(fresh.outputs([0], tmp_path))
@@ -229,3 +230,17 @@ def test_an_empty_shard_is_an_empty_shard(store: ObjectStore, config: EncodeConf
     folder = open_store(str(tmp_path))
     manifest = run_stage(folder, EncodeStage(folder, run_stage(folder, _Downloaded([_table(range(0))])), config, model))
     assert (manifest.num_in, manifest.num_out, manifest.files("rows")) == (0, 0, [])
+
+
+def test_the_gate_wants_rows_on_both_sides(manifest: Manifest):
+    check_gate(manifest, 0.3)
+    only_train = [
+        shard.model_copy(update={"files": tuple(f for f in shard.files if f.split == "train")})
+        for shard in manifest.shards
+    ]
+    lopsided = manifest.model_copy(update={"shards": tuple(only_train)})
+    check_gate(lopsided, 0)
+    with pytest.raises(GateError, match=r"^select\.validation_fraction: 0\.01 .* raise it"):
+        check_gate(lopsided, 0.01)
+    with pytest.raises(GateError, match="no row of 0 is left to train on"):
+        check_gate(manifest.model_copy(update={"shards": ()}), 0)

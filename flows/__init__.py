@@ -1,0 +1,1 @@
+"""Time and machines: the Prefect flows, and the command line."""

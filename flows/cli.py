@@ -1,0 +1,390 @@
+"""The command line: ``lacuna VERB``. Prefect is imported only by the verbs that run a flow."""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flows.config import PipelineConfig, explain, load_config, recipe_names
+from infra.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_GATE_REFUSED,
+    EXIT_INTERRUPTED,
+    EXIT_OUTSIDE_WORLD,
+    GateError,
+    TransientError,
+)
+
+_EXIT_UNEXPECTED = 1
+_EPILOG = (
+    "Exit codes: 0 done, 2 bad input, 3 a gate refused, 4 the outside world failed (a retry may help), 130 interrupted."
+)
+
+app = typer.Typer(
+    name="lacuna",
+    help="Prepares LAION data and trains Stable-Diffusion-2-type inpainting models, as Prefect flows.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[
+    str, typer.Option("--recipe", metavar="NAME|PATH", help=f"A recipe: {', '.join(recipe_names())}, or a YAML file.")
+]
+Root = Annotated[
+    str, typer.Option("--root", metavar="URI", help="The object store: a folder, file:///… or s3://bucket/prefix.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Overrides one key of the recipe, the value in YAML: train.num_steps=100. Repeatable.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Makes one JSON object the last line of stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Shows tracebacks and Prefect's own logging.")]
+Uri = Annotated[
+    str,
+    typer.Argument(metavar="URI", help="A dataset, checkpoint, report or export: URI, key below --root, or a channel."),
+]
+
+_RECIPE = "demo"
+_ROOT = "./var/store"
+
+
+# ------------------------------------------------------------------------------------------------ verbs that run flows
+
+
+@app.command(epilog=_EPILOG)
+def run(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Runs the whole pipeline: select, download, encode, train, validate, publish.
+
+    What is done already is not done again: after an interruption, give the same command.
+    """
+    _run_flow("pipeline", "run_screen", recipe, root, set_, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def prepare(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Makes the dataset: selects rows, downloads their pictures, encodes them."""
+    _run_flow("prepare", "prepare_screen", recipe, root, set_, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def train(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Trains on what `prepare` has made, or on the dataset that train.dataset names."""
+    _run_flow("train", "train_screen", recipe, root, set_, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def validate(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Measures what `train` has made, by inpainting held-out pictures."""
+    _run_flow("validate", "validate_screen", recipe, root, set_, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def publish(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Exports what `train` has made, and moves the channels that may be moved."""
+    _run_flow("publish", "publish_screen", recipe, root, set_, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def refresh(
+    recipe: Recipe = _RECIPE,
+    root: Root = _ROOT,
+    set_: Set = None,
+    and_train: Annotated[bool, typer.Option("--train", help="Trains on the dataset, too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prepares from the current metadata and says what is new since the last refresh."""
+    _run_flow("refresh", "refresh_screen", recipe, root, set_, as_json, debug, train=and_train)
+
+
+def _run_flow(
+    verb: str,
+    screen: str,
+    recipe: str,
+    root: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    with _exit_codes(as_json, debug):
+        from flows import screens
+        from flows.plan import find_dataset, preflight
+        from flows.progress import listening
+        from flows.server import prefect_server
+        from flows.store import absolute_root
+        from infra.storage import open_store
+
+        config = load_config(recipe, overrides or ())
+        root = absolute_root(root)
+        if verb in ("pipeline", "prepare", "refresh"):
+            preflight(config, root)
+        else:
+            find_dataset(config, open_store(root))
+        with prefect_server(root, debug=debug), listening():
+            result: BaseModel = getattr(importlib.import_module(f"flows.{verb}"), verb)(config, root, **options)
+        _show(result.model_dump(mode="json"), getattr(screens, screen)(result), as_json)
+
+
+# ------------------------------------------------------------------------------------------------------ verbs that look
+
+
+@app.command(epilog=_EPILOG)
+def plan(
+    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Says what is done and what would run, and checks beforehand all that can be checked."""
+    with _exit_codes(as_json, debug):
+        from dataclasses import asdict
+
+        from flows.plan import preflight
+        from flows.screens import plan_screen
+        from flows.store import absolute_root
+
+        found = preflight(load_config(recipe, set_ or ()), absolute_root(root))
+        _show({**asdict(found), "is_done": found.is_done}, plan_screen(found), as_json)
+
+
+@app.command(epilog=_EPILOG)
+def status(root: Root = _ROOT, as_json: Json = False, debug: Debug = False) -> None:
+    """Lists what stands in the store: datasets, checkpoints, reports, exports, channels."""
+    with _exit_codes(as_json, debug):
+        from flows.screens import status_json, status_screen
+        from flows.store import status_of
+        from infra.storage import open_store
+
+        found = status_of(open_store(root))
+        _show(status_json(found), status_screen(found), as_json)
+
+
+@app.command(epilog=_EPILOG)
+def inspect(
+    uri: Uri,
+    root: Root = _ROOT,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Writes the first pictures with their captions as a page."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Shows a dataset or bundle: schema, counts, drop reasons, files."""
+    with _exit_codes(as_json, debug):
+        from flows.screens import inspect_json, inspect_screen
+        from flows.store import contact_sheet, locate, read_any, schema_of
+        from preprocessing.contracts.manifest import Manifest
+
+        store, prefix = locate(uri, root)
+        manifest = read_any(store, prefix)
+        is_dataset = isinstance(manifest, Manifest)
+        if html is not None:
+            if not is_dataset:
+                raise ValueError(f"--html: {uri!r} is no dataset; give a download or an encode dataset")
+            _write(html, contact_sheet(store, prefix, manifest))
+        described = inspect_json(
+            store.uri_of(prefix), manifest, schema_of(store, prefix, manifest) if is_dataset else {}
+        )
+        _show(described, inspect_screen(described), as_json)
+
+
+@app.command(epilog=_EPILOG)
+def verify(uri: Uri, root: Root = _ROOT, as_json: Json = False, debug: Debug = False) -> None:
+    """Reads every file that a manifest names and compares its size and sha256; exit code 3 where one differs."""
+    with _exit_codes(as_json, debug):
+        from flows.store import locate, problems_of
+
+        store, prefix = locate(uri, root)
+        num_files, problems = problems_of(store, prefix)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if problems:
+            raise GateError(
+                f"verify: {len(problems)} of {num_files} files of {store.uri_of(prefix)} are not what the manifest says"
+            )
+        _show(
+            {"uri": store.uri_of(prefix), "num_files": num_files, "problems": []},
+            f"{num_files} files are what the manifest says",
+            as_json,
+        )
+
+
+@app.command(epilog=_EPILOG)
+def pull(
+    channel: Annotated[
+        str, typer.Argument(metavar="CHANNEL", help="latest, best, stable, or the key of a bundle's folder.")
+    ],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="The folder to make; it appears only once it is whole.")
+    ],
+    root: Root = _ROOT,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetches what a channel points to: resolved, downloaded, every hash verified, renamed into place."""
+    with _exit_codes(as_json, debug):
+        from infra.channels import pull as pull_bundle
+        from infra.storage import open_store
+
+        manifest = pull_bundle(open_store(root), channel.rstrip("/"), to)
+        size = f"{len(manifest.files)} files, {manifest.num_bytes / 1e6:.1f} MB"
+        text = f"{manifest.run_id} step {manifest.step}: {size}, verified, in {to}"
+        _show({"to": str(to.absolute()), **manifest.model_dump(mode="json")}, text, as_json)
+
+
+@app.command("show-config", epilog=_EPILOG)
+def show_config(recipe: Recipe = _RECIPE, set_: Set = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Shows the recipe with every default and override in place."""
+    with _exit_codes(as_json, debug):
+        values = load_config(recipe, set_ or ()).model_dump(mode="json")
+        _show(values, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), as_json)
+
+
+@app.command(epilog=_EPILOG)
+def doctor(root: Root = _ROOT, as_json: Json = False, debug: Debug = False) -> None:
+    """Shows what this machine has, and tries the store and Prefect's server."""
+    with _exit_codes(as_json, debug):
+        from flows.server import beside, prefect_server
+        from flows.store import absolute_root
+        from infra.storage import open_store
+
+        root = absolute_root(root)
+        found: dict[str, Any] = {
+            "python": sys.version.split()[0],
+            **{
+                name: _version(name)
+                for name in (
+                    "lacuna-inpainting",
+                    "torch",
+                    "deepspeed",
+                    "diffusers",
+                    "open_clip_torch",
+                    "prefect",
+                    "pyarrow",
+                )
+            },
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": _gpu(),
+            "free_disk_gb": round(_free_bytes(beside(root, "work")) / 1e9, 1),
+        }
+        open_store(root).check_writable()
+        found["store"] = f"{root}: takes writes and decides races"
+        with prefect_server(root, debug=debug):
+            found["prefect_server"] = f"answers; its history is in {os.environ.get('PREFECT_HOME', 'PREFECT_API_URL')}"
+        _show(found, "\n".join(f"{name:<18} {value}" for name, value in found.items()), as_json)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def _free_bytes(folder: Path) -> int:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+# ------------------------------------------------------------------------------------------------------------- endings
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--html: {str(path)!r} cannot be written: {error.strerror}") from None
+
+
+def _show(values: dict[str, Any], text: str, as_json: bool) -> None:
+    """The result for people, on stdout; with --json that is on stderr, and stdout ends with the result for programs."""
+    print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False), flush=True)
+
+
+@contextlib.contextmanager
+def _exit_codes(as_json: bool, debug: bool) -> Iterator[None]:
+    """Turns what a verb raises into one clear line and its exit code; only the unexpected shows a traceback."""
+    _log_to_stderr(logging.DEBUG if debug else logging.WARNING)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        code = _exit_code_of(error)
+        message = _message_of(error)
+        if debug or code == _EXIT_UNEXPECTED:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False), flush=True)
+        raise typer.Exit(code) from None
+
+
+def _log_to_stderr(level: int) -> None:
+    """Shows our own rooms' logs; Prefect makes the root logger its own when it is imported."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    for room in ("flows", "training", "preprocessing", "model", "infra"):
+        logger = logging.getLogger(room)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def _exit_code_of(error: BaseException) -> int:
+    kinds: tuple[tuple[type[BaseException], int], ...] = (
+        (KeyboardInterrupt, EXIT_INTERRUPTED),
+        (GateError, EXIT_GATE_REFUSED),
+        (TransientError, EXIT_OUTSIDE_WORLD),
+        (ValueError, EXIT_BAD_INPUT),
+    )
+    return next((code for kind, code in kinds if isinstance(error, kind)), _EXIT_UNEXPECTED)
+
+
+def _message_of(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on where this one was"
+    if isinstance(error, ValidationError):
+        return explain(error, PipelineConfig)
+    return str(error) or type(error).__name__
+
+
+main: Callable[[], None] = app
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What stands in the store, what is to do, and every check that can be made before anything is spent. No prefect."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from flows.config import PipelineConfig
+from flows.store import dataset_at, read_manifest
+from infra.bundles import find_bundle, list_bundles
+from infra.errors import TransientError
+from infra.storage import ObjectStore, open_store
+from preprocessing.contracts.manifest import Manifest, dataset_prefix
+from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_digest, run_id_of, step_of
+from training.runspec_validation import ExportSpec, ValidationSpec
+
+if TYPE_CHECKING:
+    from preprocessing.stage import Stage
+
+DATA_STAGES = ("select", "download", "encode")
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A data stage, and its dataset if that is complete.
+
+    Attributes:
+        name: ``select``, ``download`` or ``encode``.
+        prefix: Key of the dataset's folder; None while its parent is not there.
+        manifest: None if the dataset is not complete.
+    """
+
+    name: str
+    prefix: str | None
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One line of a plan."""
+
+    name: str
+    is_done: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        steps: In order.
+        checks: What was checked, and how it came out.
+        estimates: Rough numbers of what is to do.
+    """
+
+    steps: tuple[PlannedStep, ...]
+    checks: tuple[str, ...]
+    estimates: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is to do."""
+        return all(step.is_done for step in self.steps)
+
+
+def data_stage(name: str, config: PipelineConfig, store: ObjectStore, parent: Manifest | None) -> "Stage":
+    """Makes a data stage.
+
+    Args:
+        name: One of ``DATA_STAGES``.
+        config: Of the pipeline.
+        store: Where datasets stand.
+        parent: What the stage reads; None for the first one, which reads the source.
+
+    Raises:
+        ValueError: The source or the model cannot be read.
+    """
+    # Imported here: each of them takes a part of a second, and most of the commands need none of them.
+    if name == "select":
+        from preprocessing.select import SelectStage
+
+        return cast("Stage", SelectStage(store, config.source, config.select))  # cached properties are properties, too
+    assert parent is not None
+    if name == "download":
+        from preprocessing.download.stage import DownloadStage
+
+        return cast("Stage", DownloadStage(store, parent, config.download))
+    from preprocessing.encode import EncodeStage
+
+    return cast("Stage", EncodeStage(store, parent, config.encode, config.model))
+
+
+def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedStage]:
+    """Looks for the datasets of a config, stage by stage, until one is not complete.
+
+    Raises:
+        ValueError: The source or the model cannot be read.
+    """
+    from preprocessing.stage import find_manifest
+
+    found: list[PlannedStage] = []
+    parent: Manifest | None = None
+    for name in DATA_STAGES:
+        if found and parent is None:
+            found.append(PlannedStage(name, None, None))
+            continue
+        prefix = dataset_prefix(name, data_stage(name, config, store, parent).digest)
+        parent = find_manifest(store, prefix)
+        found.append(PlannedStage(name, prefix, parent))
+    return found
+
+
+def find_dataset(config: PipelineConfig, store: ObjectStore) -> tuple[str, Manifest]:
+    """The encoded dataset to train on: the one that ``train.dataset`` names, or the one that `prepare` makes.
+
+    Returns:
+        Key of its folder, and its manifest.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if config.train.dataset is not None:
+        prefix, manifest = dataset_at(store, config.train.dataset, field="train.dataset")
+        if manifest.stage != "encode":
+            raise ValueError(
+                f"train.dataset: {config.train.dataset!r} is a {manifest.stage} dataset; give an encode dataset"
+            )
+        return prefix, manifest
+    last = look_up_stages(config, store)[-1]
+    if last.prefix is None or last.manifest is None:
+        raise ValueError(
+            f"dataset: none of this config is in {store.uri}; run `lacuna prepare` with the same options first"
+        )
+    return last.prefix, last.manifest
+
+
+def run_spec(config: PipelineConfig, root: str, prefix: str, manifest: Manifest) -> RunSpec:
+    """What the training of a config on a dataset is told."""
+    run_id = run_id_of(config.recipe, run_digest(config.train, config.model, manifest.digest))
+    return RunSpec(run_id=run_id, store_uri=root, dataset_prefix=prefix, model=config.model, train=config.train)
+
+
+def find_checkpoint(store: ObjectStore, run: RunSpec) -> tuple[str, int]:
+    """The newest complete checkpoint of a run.
+
+    Returns:
+        Key of its folder, and its step.
+
+    Raises:
+        ValueError: There is none.
+    """
+    last = checkpoint_prefix(run.run_id, run.train.num_steps)
+    if find_bundle(store, last) is not None:
+        return last, run.train.num_steps
+    found = list_bundles(store, checkpoints_prefix(run.run_id))
+    if not found:
+        raise ValueError(
+            f"checkpoint: run {run.run_id} has none in {store.uri}; run `lacuna train` with the same options first"
+        )
+    return found[-1], step_of(found[-1])
+
+
+def validation_spec(config: PipelineConfig, run: RunSpec, checkpoint: str, step: int) -> ValidationSpec:
+    """What the validation of a checkpoint is told."""
+    return ValidationSpec(
+        store_uri=run.store_uri,
+        run_id=run.run_id,
+        step=step,
+        checkpoint_prefix=checkpoint,
+        dataset_prefix=run.dataset_prefix,
+        model=config.model,
+        prediction_type=config.train.prediction_type,
+        config=config.validation,
+    )
+
+
+def export_spec(
+    config: PipelineConfig, run: RunSpec, checkpoint: str, step: int, report_prefix: str, datasets: Sequence[str]
+) -> ExportSpec:
+    """What the export of a checkpoint is told."""
+    return ExportSpec(
+        store_uri=run.store_uri,
+        run_id=run.run_id,
+        step=step,
+        checkpoint_prefix=checkpoint,
+        report_prefix=report_prefix,
+        dataset_prefixes=tuple(datasets),
+        model=config.model,
+        train=config.train,
+        config=config.publish,
+    )
+
+
+def dataset_lineage(store: ObjectStore, prefix: str, manifest: Manifest) -> list[tuple[str, Manifest]]:
+    """A dataset and what it was made from, each with the key of its folder, in the order in which they were made.
+
+    A parent that is no longer in the store ends the walk.
+    """
+    lineage = [(prefix, manifest)]
+    while (parents := lineage[0][1].parents) and (stage := next(iter(parents))) in DATA_STAGES:
+        parent_prefix = dataset_prefix(stage, parents[stage])
+        try:
+            lineage.insert(0, (parent_prefix, read_manifest(store, parent_prefix)))
+        except ValueError:
+            break
+    return lineage
+
+
+def make_plan(config: PipelineConfig, root: str) -> Plan:
+    """Looks at everything and changes nothing.
+
+    Raises:
+        ValueError: Something that can be checked beforehand is wrong.
+    """
+    store = open_store(root)
+    stages = look_up_stages(config, store)
+    steps = [_data_step(stage) for stage in stages]
+    steps += _model_steps(config, root, store, stages[-1])
+    source = "the demo world" if config.source.is_demo else ", ".join(config.source.metadata)
+    checks = (
+        f"metadata readable: {source}",
+        f"model files there: {config.model.directory}",
+        f"store readable: {store.uri}",
+    )
+    return Plan(tuple(steps), checks, tuple(_estimates(config, stages)))
+
+
+def preflight(config: PipelineConfig, root: str) -> Plan:
+    """A plan, and if anything is to do, a trial of the store: it takes writes and decides races.
+
+    Raises:
+        ValueError: Something that can be checked beforehand is wrong, such as a root that cannot be reached.
+        TransientError: Something else cannot be reached.
+    """
+    store = open_store(root)
+    try:
+        plan = make_plan(config, root)
+    except TransientError:
+        store.check_writable()  # if it is the root, this says what to change
+        raise
+    if not plan.is_done:
+        store.check_writable()
+    return plan
+
+
+def _data_step(stage: PlannedStage) -> PlannedStep:
+    if stage.manifest is not None:
+        return PlannedStep(
+            stage.name, True, f"{stage.manifest.num_out} of {stage.manifest.num_in} rows, {stage.prefix}"
+        )
+    return PlannedStep(stage.name, False, stage.prefix or "its digest is known once its parent is done")
+
+
+def _model_steps(config: PipelineConfig, root: str, store: ObjectStore, encoded: PlannedStage) -> list[PlannedStep]:
+    if config.train.dataset is not None:
+        prefix, manifest = find_dataset(config, store)
+    elif encoded.prefix is None or encoded.manifest is None:
+        return [PlannedStep(name, False, "after encode") for name in ("train", "validate", "publish")]
+    else:
+        prefix, manifest = encoded.prefix, encoded.manifest
+    run = run_spec(config, root, prefix, manifest)
+    last = checkpoint_prefix(run.run_id, run.train.num_steps)
+    if find_bundle(store, last) is None:
+        there = list_bundles(store, checkpoints_prefix(run.run_id))
+        detail = (
+            f"goes on from step {step_of(there[-1])} of {run.train.num_steps}"
+            if there
+            else f"{run.train.num_steps} steps"
+        )
+        return [
+            PlannedStep("train", False, f"{detail}, run {run.run_id}"),
+            *(PlannedStep(n, False, "after train") for n in ("validate", "publish")),
+        ]
+    validation = validation_spec(config, run, last, run.train.num_steps)
+    report = validation.report_prefix(store)
+    export = export_spec(config, run, last, run.train.num_steps, report, ())
+    return [
+        PlannedStep("train", True, last),
+        PlannedStep("validate", find_bundle(store, report) is not None, report),
+        PlannedStep("publish", find_bundle(store, export.export_prefix) is not None, export.export_prefix),
+    ]
+
+
+def _estimates(config: PipelineConfig, stages: Sequence[PlannedStage]) -> list[str]:
+    known = [stage.manifest.num_out for stage in stages if stage.manifest is not None]
+    if config.source.is_demo and not known:
+        known = [config.source.demo.num_pictures]
+    if not known:
+        return []
+    side = config.encode.resolution_px // 8
+    row_bytes = 2 * 8 * side * side * (1 + config.encode.num_mask_variants) + 3 * config.encode.resolution_px**2
+    train = config.train
+    return [
+        f"at most {known[-1]} rows to encode",
+        f"about {known[-1] * row_bytes / 1e6:,.0f} MB of training rows, without the text embeddings",
+        f"{train.num_steps * train.global_batch_size:,} samples to train on: "
+        f"{train.num_steps * train.global_batch_size / max(1, known[-1]):.1f} epochs",
+    ]

@@ -1,0 +1,283 @@
+"""One Prefect task a stage: what is there already, else the stage's own runner; retried if the outside world failed.
+
+Nothing is cached or persisted by Prefect: whether a thing is done is decided by what stands in the store. Arguments and
+results are references and counts. What a stage needs is imported when it runs.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task, exponential_backoff
+
+from flows import artifacts
+from flows.config import PipelineConfig
+from flows.plan import data_stage, dataset_lineage, export_spec, run_spec, validation_spec
+from flows.progress import listener
+from flows.results import PublishSummary, StageSummary, TrainSummary, ValidationSummary
+from flows.server import beside
+from flows.store import read_manifest
+from infra.bundles import find_bundle, manifest_sha256
+from infra.channels import read_channel
+from infra.errors import TransientError
+from infra.storage import ObjectStore, open_store
+from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix
+from training.runspec_validation import ExportSpec
+
+if TYPE_CHECKING:
+    from preprocessing.stage import Progress
+
+
+def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task may be tried again: only if the outside world failed."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+_RETRIED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=5),
+    "retry_jitter_factor": 0.2,
+    "retry_condition_fn": is_transient,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+}
+
+
+@task(name="select", tags={"data"}, **_RETRIED)
+def select(config: PipelineConfig, root: str) -> StageSummary:
+    """Selects rows of the metadata."""
+
+    def gate(manifest: Manifest) -> None:
+        from preprocessing.select import check_gate
+
+        check_gate(manifest, config.select)
+
+    return _run_data_stage("select", config, root, None, gate)
+
+
+@task(name="download", tags={"data", "network"}, **_RETRIED)
+def download(config: PipelineConfig, root: str, selected: str) -> StageSummary:
+    """Downloads the pictures of the selected rows; ``selected`` is the key of their dataset's folder."""
+
+    def gate(manifest: Manifest) -> None:
+        from preprocessing.download.stage import check_gate
+
+        check_gate(manifest, config.download)
+
+    return _run_data_stage("download", config, root, selected, gate)
+
+
+@task(name="encode", tags={"data", "gpu"}, **_RETRIED)
+def encode(config: PipelineConfig, root: str, downloaded: str) -> StageSummary:
+    """Encodes downloaded pictures into training rows; ``downloaded`` is the key of their dataset's folder."""
+
+    def gate(manifest: Manifest) -> None:
+        from preprocessing.encode import check_gate
+
+        check_gate(manifest, config.select.validation_fraction)
+
+    return _run_data_stage("encode", config, root, downloaded, gate)
+
+
+@task(name="train", tags={"gpu"}, **_RETRIED)
+def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
+    """Trains to the last step, from the newest checkpoint on; ``dataset`` is the encoded dataset's folder's key."""
+    from training.launch import train as launch
+
+    started = time.monotonic()
+    store = open_store(root)
+    run = run_spec(config, root, dataset, read_manifest(store, dataset, field="train.dataset"))
+    progress = artifacts.ProgressArtifact("train", listener())
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event.get("event") == "step":
+            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.0f} images/s"
+            progress.advance(event["step"], event["num_steps"], text)
+
+    with _workdir(root, run.run_id) as workdir:
+        result = launch(run, workdir=workdir, on_event=on_event)
+    summary = TrainSummary(
+        run_id=run.run_id,
+        step=result.step,
+        prefix=result.checkpoint_prefix,
+        checkpoint=store.uri_of(result.checkpoint_prefix),
+        dataset_prefix=dataset,
+        was_done=result.was_done,
+        seconds=time.monotonic() - started,
+    )
+    artifacts.checkpoint(summary)
+    progress.finish(_done_text(summary.was_done, f"step {summary.step}", summary.seconds))
+    return summary
+
+
+@task(name="validate", tags={"gpu"}, **_RETRIED)
+def validate(config: PipelineConfig, root: str, dataset: str, checkpoint: str, step: int) -> ValidationSummary:
+    """Inpaints held-out pictures; ``checkpoint`` is the key of the checkpoint's folder."""
+    started = time.monotonic()
+    store = open_store(root)
+    run = run_spec(config, root, dataset, read_manifest(store, dataset, field="train.dataset"))
+    spec = validation_spec(config, run, checkpoint, step)
+    progress = artifacts.ProgressArtifact("validate", listener())
+    was_done = find_bundle(store, spec.report_prefix(store)) is not None
+    if not was_done:
+        _run_child("training.validation", spec.model_dump(mode="json"), root, run.run_id, progress)
+    prefix = spec.report_prefix(store)
+    report = json.loads(store.read(f"{prefix}/report.json"))
+    summary = ValidationSummary(
+        run_id=run.run_id,
+        step=step,
+        prefix=prefix,
+        report=store.uri_of(f"{prefix}/report.html"),
+        grid=store.uri_of(f"{prefix}/grid.png"),
+        summary=report["summary"],
+        num_samples=report["num_samples"],
+        num_object_samples=(report["prompt_following"] or {}).get("num_samples", 0),
+        was_done=was_done,
+        seconds=time.monotonic() - started,
+    )
+    artifacts.report(summary, store)
+    progress.finish(_done_text(was_done, "report written", summary.seconds))
+    return summary
+
+
+@task(name="publish", tags={"publish"}, **_RETRIED)
+def publish(
+    config: PipelineConfig, root: str, dataset: str, validation: ValidationSummary, checkpoint: str
+) -> PublishSummary:
+    """Exports a validated checkpoint and moves the channels that may be moved."""
+    started = time.monotonic()
+    store = open_store(root)
+    manifest = read_manifest(store, dataset, field="train.dataset")
+    lineage = [prefix for prefix, _ in dataset_lineage(store, dataset, manifest)]
+    run = run_spec(config, root, dataset, manifest)
+    spec = export_spec(config, run, checkpoint, validation.step, validation.prefix, lineage)
+    progress = artifacts.ProgressArtifact("publish", listener())
+    channels = _channels_if_done(store, spec)
+    was_done = channels is not None
+    if channels is None:
+        channels = _run_child("training.export", spec.model_dump(mode="json"), root, run.run_id, progress)["channels"]
+    summary = PublishSummary(
+        run_id=run.run_id,
+        step=validation.step,
+        prefix=spec.export_prefix,
+        export=store.uri_of(spec.export_prefix),
+        channel=channels,
+        was_done=was_done,
+        seconds=time.monotonic() - started,
+    )
+    artifacts.publication(summary)
+    progress.finish(
+        _done_text(was_done, ", ".join(f"{name} {what}" for name, what in summary.channel.items()), summary.seconds)
+    )
+    return summary
+
+
+def _channels_if_done(store: ObjectStore, spec: ExportSpec) -> dict[str, str] | None:
+    """What stands to be said of the channels if the export is there and all of them point to it; None otherwise.
+
+    Where one of them points elsewhere, its rule has to be asked again, and that is the export's business.
+    """
+    if find_bundle(store, spec.export_prefix) is None:
+        return None
+    sha256 = manifest_sha256(store, spec.export_prefix)
+    for name in spec.config.channels:
+        pointer = read_channel(store, name)
+        if pointer is None or (pointer.bundle, pointer.manifest_sha256) != (spec.export_prefix, sha256):
+            return None
+    return dict.fromkeys(spec.config.channels, "kept: points to this export already")
+
+
+def _run_data_stage(
+    name: str, config: PipelineConfig, root: str, parent_prefix: str | None, gate: Callable[[Manifest], None]
+) -> StageSummary:
+    from preprocessing.stage import find_manifest, run_stage
+
+    started = time.monotonic()
+    store = open_store(root)
+    stage = data_stage(name, config, store, None if parent_prefix is None else read_manifest(store, parent_prefix))
+    prefix = dataset_prefix(name, stage.digest)
+    progress = artifacts.ProgressArtifact(name, listener())
+    done = find_manifest(store, prefix)
+    if done is None:
+        with _pictures_served(name, config):
+            manifest = run_stage(store, stage, _teller(progress))
+    else:
+        manifest = done
+    summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)
+    artifacts.funnel(summary)
+    progress.finish(_done_text(summary.was_done, f"{summary.num_out} of {summary.num_in} rows kept", summary.seconds))
+    gate(manifest)
+    return summary
+
+
+def _summary(store: ObjectStore, prefix: str, manifest: Manifest, *, was_done: bool, seconds: float) -> StageSummary:
+    return StageSummary(
+        stage=manifest.stage,
+        manifest_uri=store.uri_of(f"{prefix}/{MANIFEST_NAME}"),
+        prefix=prefix,
+        digest=manifest.digest,
+        num_in=manifest.num_in,
+        num_out=manifest.num_out,
+        dropped=manifest.dropped,
+        was_done=was_done,
+        seconds=seconds,
+    )
+
+
+def _teller(progress: artifacts.ProgressArtifact) -> Callable[["Progress"], None]:
+    num_out = 0
+
+    def tell(at: "Progress") -> None:
+        nonlocal num_out
+        num_out += at.report.num_out if at.report is not None else 0
+        progress.advance(at.num_done, at.num_shards, f"{num_out} rows kept")
+
+    return tell
+
+
+@contextlib.contextmanager
+def _pictures_served(name: str, config: PipelineConfig) -> Iterator[None]:
+    """The demo world's pictures exist only while they are downloaded."""
+    if name != "download" or not config.source.is_demo:
+        yield
+        return
+    from preprocessing.demo.server import serve_demo_world
+
+    with serve_demo_world(config.source.demo.port):
+        yield
+
+
+def _run_child(
+    module: str, spec: dict[str, Any], root: str, run_id: str, progress: artifacts.ProgressArtifact
+) -> dict[str, Any]:
+    """Runs a module that needs torch in a process of its own."""
+    from training.launch import run_module
+
+    def on_event(event: dict[str, Any]) -> None:
+        if "what" in event:
+            progress.advance(event.get("num_done", 0), event.get("num_total", 1), event["what"])
+
+    with _workdir(root, run_id) as workdir:
+        return run_module(module, spec, workdir=workdir, on_event=on_event)
+
+
+@contextlib.contextmanager
+def _workdir(root: str, run_id: str) -> Iterator[Path]:
+    """A folder for a child's scratch and logs: removed when all went well, kept with its logs otherwise."""
+    parent = beside(root, "work")
+    parent.mkdir(parents=True, exist_ok=True)
+    workdir = Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=parent))
+    yield workdir
+    shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _done_text(was_done: bool, what: str, seconds: float) -> str:
+    return f"already done: {what}" if was_done else f"{what} ({seconds:.0f} s)"

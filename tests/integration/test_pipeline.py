@@ -1,0 +1,139 @@
+"""The whole pipeline through the command line, end to end, on a folder."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from preprocessing.contracts.config import DemoWorldConfig
+from preprocessing.contracts.digests import uid_of
+from preprocessing.contracts.manifest import Manifest
+from preprocessing.demo.metadata import awkward_rows
+from tests.integration.conftest import SMALL, Lacuna, snapshot
+
+pytestmark = pytest.mark.timeout(900)
+STAGES = ("select", "download", "encode")
+
+
+def _manifest(demo: dict[str, Any], stage: str) -> tuple[Path, Manifest]:
+    path = Path(demo["datasets"][stage])
+    return path.parent, Manifest.model_validate_json(path.read_text())
+
+
+def test_the_last_line_says_where_everything_is(demo: dict[str, Any]):
+    assert set(demo["datasets"]) == set(STAGES)
+    for stage in STAGES:
+        assert {"num_in", "num_out", "dropped"} <= set(demo["stages"][stage])
+    for key in ("checkpoint", "report", "grid", "export"):
+        assert Path(demo[key]).exists(), key
+    assert set(demo["channel"]) == {"latest", "best", "stable"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_row_of_every_shard_is_accounted_for(demo: dict[str, Any], stage: str):
+    """Counted from the files, not from the report."""
+    folder, manifest = _manifest(demo, stage)
+    assert manifest.shards
+    for shard in manifest.shards:
+        rows: dict[str, int] = defaultdict(int)
+        for file in shard.files:
+            rows[file.kind] += pq.read_metadata(folder / file.name).num_rows
+        assert shard.num_in == rows["rows"] + rows["rejects"] == shard.num_out + sum(shard.dropped.values())
+
+
+def test_stages_hand_on_every_row(demo: dict[str, Any]):
+    stages = demo["stages"]
+    assert stages["download"]["num_in"] == stages["select"]["num_out"]
+    assert stages["encode"]["num_in"] == stages["download"]["num_out"]
+
+
+def test_each_awkward_kind_ends_under_the_reason_one_expects(demo: dict[str, Any], lacuna: Lacuna):
+    reasons: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    kept = set()
+    for stage in STAGES:
+        folder, manifest = _manifest(demo, stage)
+        for file in manifest.files("rejects"):
+            for row in pq.read_table(folder / file.name).to_pylist():
+                reasons[row["uid"]].append((stage, row["reason"]))
+        if stage == "encode":
+            for file in manifest.files("rows"):
+                kept |= set(pq.read_table(folder / file.name, columns=["uid"]).column("uid").to_pylist())
+    world = DemoWorldConfig(num_pictures=SMALL["source.demo.num_pictures"], port=lacuna.port)
+    rows = awkward_rows(world)
+    assert len({row.kind for row in rows}) > 30
+    for row in rows:
+        uid = uid_of(row.values["URL"] or "", row.values["TEXT"] or "")
+        if row.expected_reason is None:
+            assert uid in kept, f"{row.kind}: should have been kept, was {reasons[uid]}"
+        else:
+            assert (row.expected_stage, row.expected_reason) in reasons[uid], f"{row.kind}: {reasons[uid]}"
+
+
+def test_training_never_sees_a_held_out_row(demo: dict[str, Any]):
+    folder, manifest = _manifest(demo, "encode")
+    uids = {
+        split: {
+            uid
+            for file in manifest.files("rows", split)
+            for uid in pq.read_table(folder / file.name, columns=["uid"]).column("uid").to_pylist()
+        }
+        for split in ("train", "validation")
+    }
+    assert uids["train"]
+    assert uids["validation"]
+    assert not uids["train"] & uids["validation"]
+
+
+def test_again_is_quick_and_writes_nothing(demo: dict[str, Any], lacuna: Lacuna, demo_root: Path):
+    before = snapshot(demo_root)
+    again = lacuna.run("run", str(demo_root))
+    assert snapshot(demo_root) == before
+    assert all(summary["was_done"] for summary in again["stages"].values())
+    assert again["datasets"] == demo["datasets"]
+    assert again["checkpoint"] == demo["checkpoint"]
+
+
+def test_another_threshold_is_another_dataset(demo: dict[str, Any], lacuna: Lacuna, demo_root: Path):
+    before = snapshot(demo_root)
+    stricter = lacuna.run("prepare", str(demo_root), **{"select.max_punsafe": 0.05})
+    for stage in STAGES:
+        assert stricter["datasets"][stage] != demo["datasets"][stage]
+    after = snapshot(demo_root)
+    assert {name: after[name] for name in before} == before
+
+
+def test_validation_report_is_for_people_and_programs(demo: dict[str, Any]):
+    folder = Path(demo["report"]).parent
+    report = json.loads((folder / "report.json").read_text())
+    assert {"masked_psnr_db", "masked_ssim", "masked_l1"} <= set(report["summary"])
+    html = (folder / "report.html").read_text()
+    assert "<script" not in html.lower()
+    assert "http://" not in html.replace("http://127.0.0.1", "")
+    assert (folder / "grid.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pull_gives_what_diffusers_loads(demo: dict[str, Any], lacuna: Lacuna, demo_root: Path, tmp_path: Path):
+    lacuna.pull("stable", str(demo_root), tmp_path / "model")
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        str(tmp_path / "model" / "diffusers"), local_files_only=True, safety_checker=None
+    )
+    assert pipe.unet.config.in_channels == 9
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe.set_progress_bar_config(disable=True)
+    picture, hole = Image.new("RGB", (64, 64), "navy"), Image.new("L", (64, 64), 255)
+    out = pipe(
+        "a large red circle in the center, on a plain navy background",
+        image=picture,
+        mask_image=hole,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert out.size == (64, 64)

@@ -1,0 +1,160 @@
+"""Real training in real processes: it learns, it survives being killed, and it says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.bundles import fetch_bundle, list_bundles
+from infra.errors import ContractError, GateError
+from infra.storage import ObjectStore
+from training.launch import train
+from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_prefix, step_of
+
+MakeRun = Callable[..., RunSpec]
+LONG = {"num_steps": 30, "checkpoint_every_steps": 10, "learning_rate": 3e-3, "global_batch_size": 16}
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from training.launch import train
+from training.runspec import RunSpec
+
+if __name__ == "__main__":
+    run = RunSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    train(run, workdir=Path(sys.argv[2]), on_event=lambda event: print(json.dumps(event), flush=True))
+"""
+
+
+def _metrics(store: ObjectStore, run: RunSpec) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read(f"{run_prefix(run.run_id)}/metrics.jsonl").splitlines()]
+
+
+def _weights(store: ObjectStore, run: RunSpec) -> dict[str, bytes]:
+    prefix = checkpoint_prefix(run.run_id, run.train.num_steps)
+    names = ("ema/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
+    return {name: store.read(f"{prefix}/{name}") for name in names}
+
+
+def _steps(store: ObjectStore, run: RunSpec) -> list[int]:
+    return [step_of(prefix) for prefix in list_bundles(store, checkpoints_prefix(run.run_id))]
+
+
+def _forget(store: ObjectStore, run: RunSpec) -> None:
+    for info in list(store.list(f"{run_prefix(run.run_id)}/")):
+        store.delete(info.key)
+
+
+def _stop_after_first_checkpoint(run: RunSpec, folder: Path, number: signal.Signals) -> int:
+    """Trains in a process group of its own, and sends it a signal as soon as its first checkpoint stands."""
+    folder.mkdir()
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "spec.json").write_text(run.model_dump_json())
+    argv = [sys.executable, str(folder / "driver.py"), str(folder / "spec.json"), str(folder / "work")]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env) as driver:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if json.loads(line)["event"] == "checkpoint":
+                os.killpg(driver.pid, number)
+                break
+        driver.stdout.read()
+        return driver.wait()
+
+
+def test_two_processes_learn_and_a_killed_run_ends_the_same(make_run: MakeRun, store: ObjectStore, tmp_path: Path):
+    run = make_run(num_processes=2, **LONG)
+    events: list[dict[str, Any]] = []
+    result = train(run, workdir=tmp_path / "whole", on_event=events.append)
+    assert (result.step, result.was_done) == (30, False)
+    losses = [line["loss"] for line in _metrics(store, run)]
+    assert len(losses) == 30
+    assert sum(losses[15:]) / 15 < 0.85 * sum(losses[:5]) / 5
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [10, 20, 30]
+    assert events[-1]["event"] == "done"
+    whole = _weights(store, run)
+
+    again = train(run, workdir=tmp_path / "again", on_event=events.append)
+    assert (again.was_done, again.checkpoint_prefix) == (True, result.checkpoint_prefix)
+    assert not (tmp_path / "again").exists()
+
+    _forget(store, run)
+    assert _stop_after_first_checkpoint(run, tmp_path / "killed", signal.SIGKILL) == -signal.SIGKILL
+    assert max(_steps(store, run)) < 30, "it was killed too late to show anything"
+    events.clear()
+    train(run, workdir=tmp_path / "resumed", on_event=events.append)
+    assert events[0]["event"] == "resumed"
+    assert events[0]["step"] in (10, 20)
+    assert [line["loss"] for line in _metrics(store, run)] == losses
+    assert _weights(store, run) == whole
+
+
+def test_interrupted_run_leaves_a_checkpoint_and_a_damaged_one_is_passed_over(
+    make_run: MakeRun, store: ObjectStore, tmp_path: Path
+):
+    run = make_run(**LONG, zero_stage=2, gradient_clipping=0.0)
+    train(run, workdir=tmp_path / "whole", on_event=lambda _: None)
+    whole = _weights(store, run)
+    _forget(store, run)
+
+    # Ctrl-C: the children finish their step, write a checkpoint, and end.
+    code = _stop_after_first_checkpoint(run, tmp_path / "interrupted", signal.SIGINT)
+    assert code in (-signal.SIGINT, 130)
+    interrupted_at = max(_steps(store, run))
+    assert 10 < interrupted_at < 30
+    assert len(_metrics(store, run)) == interrupted_at
+
+    damaged = store.local_path(f"{checkpoint_prefix(run.run_id, interrupted_at)}/state.json")
+    assert damaged is not None
+    damaged.chmod(0o644)
+    damaged.write_bytes(damaged.read_bytes().replace(b'"step"', b'"stop"'))
+    events: list[dict[str, Any]] = []
+    train(run, workdir=tmp_path / "resumed", on_event=events.append)
+    assert events[0] == {"event": "resumed", "step": _before(interrupted_at), "num_steps": 30}
+    assert "CHECKPOINT DAMAGED" in (tmp_path / "resumed" / "rank-0.log").read_text()
+    assert _weights(store, run) == whole
+    assert len(_metrics(store, run)) == 30
+
+
+def _before(step: int) -> int:
+    """The last regular checkpoint before a step."""
+    return (step - 1) // 10 * 10
+
+
+def test_checkpoint_is_a_diffusers_model(make_run: MakeRun, store: ObjectStore, tmp_path: Path):
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    run = make_run(num_steps=2, zero_stage=0, precision="bf16", gradient_clipping=0.5)
+    result = train(run, workdir=tmp_path / "work", on_event=lambda _: None)
+    fetch_bundle(store, result.checkpoint_prefix, tmp_path / "fetched")
+    for name in ("ema", "unet"):
+        unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "fetched" / name), use_safetensors=True)
+        assert isinstance(unet, UNet2DConditionModel)
+        assert unet.config["in_channels"] == 9
+    config = json.loads(store.read(f"{run_prefix(run.run_id)}/config.json"))
+    assert config["train"]["num_steps"] == 2
+    assert len(config["digest"]) == 64
+    assert not list((tmp_path / "work" / "scratch").iterdir()), "scratch is left behind"
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_sample(
+    make_run: MakeRun, make_dataset: Callable[..., str], store: ObjectStore, tmp_path: Path
+):
+    run = make_run(prefix=make_dataset(store, (8,), poison=float("nan")), num_steps=3)
+    with pytest.raises(GateError, match=r"the loss of step 0 is not finite; [12] samples: [0-9a-f]{32}"):
+        train(run, workdir=tmp_path / "work", on_event=lambda _: None)
+    assert _steps(store, run) == []
+
+
+def test_specs_that_do_not_fit_are_a_contract_error_here(
+    make_run: MakeRun, make_dataset: Callable[..., str], store: ObjectStore, tmp_path: Path
+):
+    run = make_run(prefix=make_dataset(store, (8,), text={"width": 8}))
+    with pytest.raises(ContractError, match="text width: the dataset was encoded with 8"):
+        train(run, workdir=tmp_path / "work", on_event=lambda _: None)

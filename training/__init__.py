@@ -1,0 +1,1 @@
+"""Steps: from training rows to checkpoints, reports and exports."""

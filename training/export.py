@@ -1,0 +1,275 @@
+"""Publishing: a checkpoint's EMA weights as a folder that others load, and the channels that lead them to it.
+
+``python -m training.export --run FILE``, with an `ExportSpec`. Doing it again changes nothing: an export that stands is
+not made again, and a channel moves only by its own rule.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+
+from infra.bundles import BundleManifest, commit_bundle, find_bundle, load_bundle
+from infra.channels import ChannelPointer, MayReplace, move_channel, pointer_to, read_channel
+from infra.errors import ContractError
+from infra.storage import ObjectNotFoundError, ObjectStore, open_store
+from model.encoders import load_text_encoder
+from model.weights import export_diffusers
+from preprocessing.contracts.digests import weights_sha256
+from preprocessing.contracts.manifest import Manifest
+from training.child import emit, run_as_child
+from training.config import PublishConfig
+from training.heldout import read_manifest
+from training.inpainting import load_ema_unet
+from training.runspec_validation import ExportSpec
+
+LOGGER = logging.getLogger(__name__)
+
+TEMPLATES: Final = Path(__file__).with_name("templates")
+NO_LICENSE: Final = (
+    "NO LICENSE CAME WITH THE BASE WEIGHTS.\n\n"
+    "The folder of the base weights held no LICENSE file. Find out under which terms they may be used and passed on\n"
+    "before you use or pass on these weights, which are derived from them.\n"
+)
+
+
+def export(spec: ExportSpec, scratch: Path, on_progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Makes and commits the export of one checkpoint, and moves the channels that may move.
+
+    Args:
+        spec: What to publish.
+        scratch: An empty folder for files in between.
+        on_progress: Called with what is being done.
+
+    Returns:
+        ``prefix`` of the export's folder, ``channels``: name → what became of it (``moved …`` or ``kept: why``), and
+        ``was_done``: whether the export was there before.
+
+    Raises:
+        ValueError: A metric that a channel's rule asks for is not in the report, or inputs do not belong together.
+    """
+    notify = on_progress or (lambda what: None)
+    store = open_store(spec.store_uri)
+    report = _load_report(store, spec)
+    summary = {name: float(value) for name, value in report.metadata["summary"].items()}
+    check_metrics(spec.config, summary)  # before anything is published
+    done = find_bundle(store, spec.export_prefix)
+    if done is None:
+        notify("export")
+        _make(store, spec, summary, scratch)
+    notify("channels")
+    channels = {name: _move(store, spec, name, summary) for name in spec.config.channels}
+    for name, outcome in channels.items():
+        LOGGER.info("channel %s: %s", name, outcome)
+    return {"prefix": spec.export_prefix, "channels": channels, "was_done": done is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+def _make(store: ObjectStore, spec: ExportSpec, summary: Mapping[str, float], scratch: Path) -> None:
+    base = spec.model.directory
+    folder = scratch / "export"
+    folder.mkdir()
+    license_path = base / "LICENSE"
+    has_license = license_path.is_file()
+    if not has_license:
+        LOGGER.warning("%s: %s", license_path, NO_LICENSE.splitlines()[0])
+        license_path = scratch / "NO_LICENSE"
+        license_path.write_text(NO_LICENSE, encoding="utf-8")
+    manifests = [read_manifest(store, prefix) for prefix in spec.dataset_prefixes]
+    weights = {name: weights_sha256(base / name) for name in ("unet", "vae", "open_clip")}
+    card = model_card(spec, manifests, weights, summary, has_license=has_license)
+    export_diffusers(
+        folder / "diffusers",
+        unet=load_ema_unet(store, spec.checkpoint_prefix, scratch),
+        vae_dir=base / "vae",
+        text_encoder=load_text_encoder(base / "open_clip", load_image_tower=False),
+        prediction_type=spec.train.prediction_type,
+        license_path=license_path,
+        model_card=card,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copyfile(license_path, folder / "LICENSE")
+    determined_by = {
+        "run_id": spec.run_id,
+        "step": spec.step,
+        "checkpoint": spec.checkpoint_prefix,
+        "report": spec.report_prefix,
+        "datasets": {manifest.stage: manifest.digest for manifest in manifests},
+        "base": spec.model.base,
+        "base_weights_sha256": weights,
+        "train": spec.train.model_dump(mode="json"),
+        "publish": spec.config.model_dump(mode="json"),
+    }
+    (folder / "config.json").write_text(json.dumps(determined_by, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "report.json").write_bytes(store.read(f"{spec.report_prefix}/report.json"))
+    commit_bundle(
+        store,
+        spec.export_prefix,
+        folder,
+        kind="export",
+        run_id=spec.run_id,
+        step=spec.step,
+        metadata={
+            "prediction_type": spec.train.prediction_type,
+            "checkpoint": spec.checkpoint_prefix,
+            "report": spec.report_prefix,
+            "datasets": determined_by["datasets"],
+            "has_license": has_license,
+            "summary": dict(summary),
+        },
+    )
+
+
+def model_card(
+    spec: ExportSpec,
+    manifests: list[Manifest],
+    weights: Mapping[str, str],
+    summary: Mapping[str, float],
+    *,
+    has_license: bool,
+) -> str:
+    """The model card, in Markdown: what it is, what it was made from, how to load it, what it cannot do.
+
+    Args:
+        spec: What is published.
+        manifests: Of the datasets, in the order in which they were made.
+        weights: sha256 of each part of the base.
+        summary: Of the validation report.
+        has_license: Whether the base came with a licence.
+    """
+    environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML: strings from outside go through `code`
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template("model_card.md.j2").render(
+        spec=spec,
+        base_name=spec.model.directory.name if spec.model.base != "tiny" else "tiny",
+        train=spec.train.model_dump(mode="json"),
+        manifests=manifests,
+        weights=weights,
+        summary=summary,
+        has_license=has_license,
+        resolution_px=next((m.specs["latents"]["resolution_px"] for m in manifests if "latents" in m.specs), 512),
+    )
+
+
+def _code(value: object) -> str:
+    """A value as a Markdown code span, in which nothing is markup."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.replace("`", "'").replace("|", "¦").split())
+    return f"`{text}`" if text else "–"
+
+
+def _load_report(store: ObjectStore, spec: ExportSpec) -> BundleManifest:
+    try:
+        report = load_bundle(store, spec.report_prefix)
+    except ObjectNotFoundError:
+        uri = store.uri_of(spec.report_prefix)
+        raise ValueError(f"export: {uri} holds no report; validate the checkpoint first") from None
+    if (report.kind, report.run_id, report.step) != ("report", spec.run_id, spec.step):
+        raise ContractError(
+            f"export: {spec.report_prefix} is a {report.kind} of {report.run_id} step {report.step}, the checkpoint is "
+            f"of {spec.run_id} step {spec.step}"
+        )
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------- channels
+
+
+def check_metrics(config: PublishConfig, summary: Mapping[str, float]) -> None:
+    """Refuses rules over metrics that the report does not have.
+
+    Raises:
+        ValueError: Names the field, the metric, and those that there are.
+    """
+    asked = {f"publish.stable_min.{name}": name for name in config.stable_min} if "stable" in config.channels else {}
+    if "best" in config.channels:
+        asked["publish.best_metric"] = config.best_metric
+    for field, name in asked.items():
+        if name not in summary:
+            raise ValueError(f"{field}: the report has no metric {name!r}; choose one of {', '.join(sorted(summary))}")
+
+
+def _move(store: ObjectStore, spec: ExportSpec, name: str, summary: Mapping[str, float]) -> str:
+    """Moves one channel if its rule lets it, and says what became of it."""
+    pointer = pointer_to(store, name, spec.export_prefix, dict(summary))
+    current = read_channel(store, name)
+    if current is not None and (current.bundle, current.manifest_sha256) == (pointer.bundle, pointer.manifest_sha256):
+        return "kept: points to this export already"
+    refusals: list[str] = []
+    moved = move_channel(store, name, pointer, _rule(store, spec.config, pointer, refusals))
+    if moved is not None:
+        return f"moved to {pointer.bundle}"
+    return f"kept: {refusals[-1] if refusals else 'it points to a later step of this run'}"
+
+
+def _rule(store: ObjectStore, config: PublishConfig, pointer: ChannelPointer, refusals: list[str]) -> MayReplace:
+    """The rule of a channel; why it refuses is appended to ``refusals``."""
+
+    def may_replace(current: ChannelPointer | None) -> bool:
+        reason = None
+        if pointer.channel == "stable":
+            reason = below_minimum(config.stable_min, pointer.metrics)
+        if reason is None and current is not None:
+            if pointer.channel == "best":
+                reason = not_better(config.best_metric, pointer, current)
+            else:
+                reason = _not_newer(store, pointer, current)
+        if reason is not None:
+            refusals.append(reason)
+        return reason is None
+
+    return may_replace
+
+
+def below_minimum(minimum: Mapping[str, float], metrics: Mapping[str, float]) -> str | None:
+    """Says which metrics are below their minimum, None if none is."""
+    below = [f"{name} {metrics[name]:.4g} < {least:.4g}" for name, least in minimum.items() if metrics[name] < least]
+    return None if not below else f"below publish.stable_min: {', '.join(below)}"
+
+
+def not_better(metric: str, pointer: ChannelPointer, current: ChannelPointer) -> str | None:
+    """Says why a candidate is not better; one that was chosen by another metric is no competitor."""
+    if metric not in current.metrics or pointer.metrics[metric] > current.metrics[metric]:
+        return None
+    return f"{metric} {pointer.metrics[metric]:.4g} is not above {current.metrics[metric]:.4g} of {current.bundle}"
+
+
+def _not_newer(store: ObjectStore, pointer: ChannelPointer, current: ChannelPointer) -> str | None:
+    """Says why a candidate is not newer: by step within a run, by the time of the export between runs."""
+    if pointer.run_id == current.run_id:
+        return None if pointer.step >= current.step else f"{current.bundle} is a later step of the same run"
+    standing = find_bundle(store, current.bundle)
+    ours = load_bundle(store, pointer.bundle)
+    if standing is None or ours.created_at >= standing.created_at:
+        return None
+    return f"{current.bundle} was exported later"
+
+
+def main(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The child's work: publishes what the spec says, and reports progress as events."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    spec = ExportSpec.model_validate(data)
+    started = time.monotonic()
+
+    with tempfile.TemporaryDirectory(prefix="export-", dir=folder) as scratch:
+        result = export(spec, Path(scratch), lambda what: emit({"event": "export", "what": what}))
+    return {**result, "seconds": time.monotonic() - started}
+
+
+if __name__ == "__main__":
+    sys.exit(run_as_child(main))

@@ -1,0 +1,342 @@
+"""The training loop: from the newest checkpoint to the last step."""
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+
+from infra.errors import GateError
+from infra.storage import ObjectNotFoundError, ObjectStore, open_store
+from model.schedule import alphas_cumprod
+from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
+from training.checkpoint import Checkpoints, TrainingState, load_checkpoint
+from training.child import emit
+from training.data import TrainingDataset, check_specs, open_dataset
+from training.ema import Ema
+from training.engine import World, build_engine, init_distributed, learning_rate_at, set_learning_rate
+from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix
+from training.step import StepLoss, draw, training_loss
+
+LOGGER = logging.getLogger(__name__)
+
+_EMIT_EVERY_S = 1.0
+_MIN_TIMEOUT_S = 1800.0
+_MAX_UIDS_IN_MESSAGE = 20
+
+
+def run_training(run: RunSpec, workdir: Path, world: World) -> dict[str, Any] | None:
+    """Trains, on this rank, from the newest checkpoint to the last step.
+
+    Args:
+        run: What to train.
+        workdir: Scratch that all ranks share.
+        world: This process.
+
+    Returns:
+        On rank 0: checkpoint_prefix, step, loss (mean of the last step; None if no step was left).
+
+    Raises:
+        ContractError: The dataset, the model and the checkpoints do not belong together.
+        GateError: A loss or the gradient is not finite.
+        KeyboardInterrupt: Stopped by a signal, after a checkpoint.
+    """
+    trainer = _prepare(run, workdir, world)
+    trainer.resume()
+    with _signals_noted() as interrupted:
+        return trainer.run_to_end(interrupted)
+
+
+def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
+    store = open_store(run.store_uri)
+    cache_dir = workdir / "cache"
+    dataset = None
+    if world.local_rank == 0:  # the others wait for it when they join the process group
+        dataset = open_dataset(store, run.dataset_prefix, cache_dir)
+        check_specs(dataset.specs, run.model)
+    init_distributed(world, max(_MIN_TIMEOUT_S, run.train.stall_timeout_s))
+    dataset = dataset or open_dataset(store, run.dataset_prefix, cache_dir, verify_hashes=False)
+    torch.manual_seed(run.train.seed)  # nothing draws from it; a layer with dropout would
+    unet = load_unet(run.model.directory / "unet")
+    if unet.config["in_channels"] != NUM_INPAINTING_CHANNELS:
+        widen_conv_in(unet)
+    torch.nn.Module.to(unet, world.device).train()
+    ema = Ema(unet, run.train.ema_decay) if world.is_first else None
+    engine = build_engine(unet, run.train)
+    digest = run_digest(run.train, run.model, dataset.manifest.digest)
+    if world.is_first:
+        config = run.model_dump(mode="json") | {"digest": digest, "dataset_digest": dataset.manifest.digest}
+        store.put(f"{run_prefix(run.run_id)}/config.json", json.dumps(config, indent=1).encode())
+    return _Trainer(run, world, store, dataset, unet, engine, ema, digest, workdir)
+
+
+@dataclass
+class _Trainer:
+    run: RunSpec
+    world: World
+    store: ObjectStore
+    dataset: TrainingDataset
+    unet: UNet2DConditionModel
+    engine: Any
+    ema: Ema | None
+    digest: str
+    workdir: Path
+    step: int = 0
+    saved_step: int = -1
+    progress: "_Progress" = field(init=False)
+    metrics: "_Metrics" = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        train = self.run.train
+        self.alphas_cumprod = alphas_cumprod().to(self.world.device)
+        self.progress = _Progress(train.num_steps, train.global_batch_size)
+        self.metrics = _Metrics(
+            self.workdir / "metrics.jsonl", self.store, f"{run_prefix(self.run.run_id)}/metrics.jsonl"
+        )
+        self.checkpoints = Checkpoints(
+            self.store, self.run.run_id, self.workdir / "scratch", keep=train.keep_checkpoints
+        )
+
+    # ----------------------------------------------------------------------------------------------------- the course
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that is whole, if there is any."""
+        found: list[str | None] = [None]
+        if self.world.is_first:
+            folder = self.checkpoints.fetch_newest()
+            found = [None if folder is None else str(folder)]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            self.step = load_checkpoint(Path(found[0]), self.engine, self.ema, self._state())
+            self.saved_step = self.step
+        if self.world.is_first:
+            self.metrics.start(self.step)
+            emit(
+                {
+                    "event": "resumed" if self.step else "started",
+                    "step": self.step,
+                    "num_steps": self.run.train.num_steps,
+                }
+            )
+
+    def run_to_end(self, interrupted: "_Interrupted") -> dict[str, Any] | None:
+        train = self.run.train
+        loss = None
+        while self.step < train.num_steps:
+            loss, is_stopping = self._take_step(interrupted)
+            is_due = self.step % train.checkpoint_every_steps == 0 or self.step == train.num_steps
+            if is_due or is_stopping:
+                self._save()
+            if is_stopping and self.step < train.num_steps:
+                raise KeyboardInterrupt
+        dist.barrier()
+        if not self.world.is_first:
+            return None
+        self.metrics.put()
+        return {"checkpoint_prefix": checkpoint_prefix(self.run.run_id, self.step), "step": self.step, "loss": loss}
+
+    def _save(self) -> None:
+        if self.step == self.saved_step:
+            return
+        if self.world.is_first:
+            self.metrics.put()  # before the commit: what a resumed run does not want it cuts off
+        prefix = self.checkpoints.save(self.engine, self.unet, self.ema, self._state())
+        self.saved_step = self.step
+        if self.world.is_first:
+            emit({"event": "checkpoint", "step": self.step, "prefix": prefix})
+        self.progress.skip_pause()
+
+    def _state(self) -> TrainingState:
+        return TrainingState(
+            step=self.step,
+            position=self.step * self.run.train.global_batch_size,
+            ema_num_updates=0 if self.ema is None else self.ema.num_updates,
+            world_size=self.world.size,
+            run_digest=self.digest,
+            dataset_digest=self.dataset.manifest.digest,
+            config=self.run.train.model_dump(mode="json"),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def _take_step(self, interrupted: "_Interrupted") -> tuple[float, bool]:
+        """Takes one optimizer step.
+
+        Returns:
+            Its loss over the global batch, and whether any rank was told to stop.
+        """
+        train = self.run.train
+        losses, uids = self._forward_backward()
+        loss, is_stopping = self._agree(losses, uids, interrupted)
+        learning_rate = learning_rate_at(train, self.step)
+        set_learning_rate(self.engine, learning_rate)
+        self.engine.step()
+        grad_norm = self._check_grad_norm(uids)
+        if self.ema is not None:
+            self.ema.update(self.unet)
+        self.step += 1
+        if self.world.is_first:
+            speed = self.progress.note(self.step, loss)
+            self.metrics.append(
+                step=self.step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, images_per_s=speed
+            )
+        return loss, is_stopping
+
+    def _forward_backward(self) -> tuple[Tensor, tuple[str, ...]]:
+        """Runs this rank's share of the global batch; returns one loss a sample, and their uids."""
+        train = self.run.train
+        batch = self.dataset.batch_at(
+            self.step,
+            seed=train.seed,
+            global_batch_size=train.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        losses = []
+        for start in range(0, len(batch), train.micro_batch_size):
+            result = self._loss_of(start, start + train.micro_batch_size, batch)
+            self.engine.backward(result.loss)
+            losses.append(result.per_sample)
+            if start + train.micro_batch_size < len(batch):
+                self.engine.step()  # within accumulation: only counts
+        return torch.cat(losses), batch.uids
+
+    def _loss_of(self, start: int, stop: int, batch: Any) -> StepLoss:
+        train, latents = self.run.train, self.dataset.specs.latents
+        part = batch.part(start, stop)
+        draws = draw(
+            part.uids,
+            seed=train.seed,
+            step=self.step,
+            latent_shape=(latents.channels, latents.latent_px, latents.latent_px),
+            num_timesteps=len(self.alphas_cumprod),
+            text_dropout=train.text_dropout,
+            full_mask=train.full_mask,
+        )
+        return training_loss(
+            self.engine,
+            part,
+            draws,
+            self.dataset.constants,
+            prediction_type=train.prediction_type,
+            scaling_factor=latents.scaling_factor,
+            alphas_cumprod=self.alphas_cumprod,
+            device=self.world.device,
+        )
+
+    def _agree(self, losses: Tensor, uids: tuple[str, ...], interrupted: "_Interrupted") -> tuple[float, bool]:
+        """One small all-reduce: the mean loss, whether it is finite everywhere, whether to stop."""
+        sums = torch.stack([losses.double().sum(), (~losses.isfinite()).sum().double()]).to(losses.device)
+        sums = torch.cat([sums, sums.new_tensor([float(interrupted.is_set)])])
+        dist.all_reduce(sums)
+        total, num_bad, num_interrupted = sums.tolist()
+        if num_bad:
+            bad = [uid for uid, loss in zip(uids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+            self._stop_at_non_finite("the loss", bad)
+        return total / self.run.train.global_batch_size, num_interrupted > 0
+
+    def _check_grad_norm(self, uids: tuple[str, ...]) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        if not math.isfinite(float(norm)):
+            self._stop_at_non_finite("the gradient", list(uids))
+        return float(norm)
+
+    def _stop_at_non_finite(self, what: str, uids: list[str]) -> None:
+        """Stops all ranks, with the samples of all of them in the message. Nothing of the bad step is saved."""
+        everywhere: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(everywhere, uids)
+        bad = [uid for part in everywhere for uid in part]
+        shown = ", ".join(bad[:_MAX_UIDS_IN_MESSAGE]) + (" …" if len(bad) > _MAX_UIDS_IN_MESSAGE else "")
+        raise GateError(
+            f"{what} of step {self.step} is not finite; {len(bad)} samples: {shown}. The last checkpoint is of step "
+            f"{max(self.saved_step, 0)}; lower train.learning_rate, or forget the rows if they are at fault"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- what the world sees
+
+
+class _Progress:
+    """Says how far the training is, about once a second."""
+
+    def __init__(self, num_steps: int, global_batch_size: int) -> None:
+        self._num_steps = num_steps
+        self._global_batch_size = global_batch_size
+        self._step_began = self._said = time.monotonic()
+        self._num_since = 0
+        self._s_since = 0.0
+
+    def note(self, step: int, loss: float) -> float:
+        """Counts a step; returns its images per second."""
+        now = time.monotonic()
+        seconds = max(now - self._step_began, 1e-9)
+        self._step_began = now
+        self._num_since += self._global_batch_size
+        self._s_since += seconds
+        if now - self._said >= _EMIT_EVERY_S or step == self._num_steps:
+            speed = round(self._num_since / self._s_since, 2)
+            emit({"event": "step", "step": step, "num_steps": self._num_steps, "loss": loss, "images_per_s": speed})
+            self._said, self._num_since, self._s_since = now, 0, 0.0
+        return self._global_batch_size / seconds
+
+    def skip_pause(self) -> None:
+        """The time since the last step was not training."""
+        self._step_began = time.monotonic()
+
+
+class _Metrics:
+    """``metrics.jsonl``: one line a step, written locally and put to the store at every checkpoint."""
+
+    def __init__(self, path: Path, store: ObjectStore, key: str) -> None:
+        self._path, self._store, self._key = path, store, key
+
+    def start(self, step: int) -> None:
+        """Goes on after a step: what an earlier run wrote up to it stays, what it wrote beyond is cut off."""
+        kept: list[str] = []
+        if step:
+            with contextlib.suppress(ObjectNotFoundError):
+                lines = self._store.read(self._key).decode().splitlines()
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def append(self, **values: Any) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def put(self) -> None:
+        self._store.put(self._key, self._path.read_bytes())
+
+
+@dataclass
+class _Interrupted:
+    is_set: bool = False
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[_Interrupted]:
+    """Within, SIGTERM and SIGINT are noted, to be acted upon between two steps, by all ranks at the same one."""
+    noted = _Interrupted()
+
+    def note(number: int, frame: object) -> None:
+        noted.is_set = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
