@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from flows.config import PipelineConfig
+from flows.results import TrainSummary
 from flows.store import dataset_at, read_manifest
 from infra.bundles import find_bundle, list_bundles
 from infra.errors import TransientError
@@ -79,15 +80,15 @@ def data_stage(name: str, config: PipelineConfig, store: ObjectStore, parent: Ma
     if name == "select":
         from preprocessing.select import SelectStage
 
-        return cast("Stage", SelectStage(store, config.source, config.select))  # cached properties are properties, too
+        return SelectStage(store, config.source, config.select)
     assert parent is not None
     if name == "download":
         from preprocessing.download.stage import DownloadStage
 
-        return cast("Stage", DownloadStage(store, parent, config.download))
+        return DownloadStage(store, parent, config.download)
     from preprocessing.encode import EncodeStage
 
-    return cast("Stage", EncodeStage(store, parent, config.encode, config.model))
+    return EncodeStage(store, parent, config.encode, config.model)
 
 
 def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedStage]:
@@ -140,34 +141,44 @@ def run_spec(config: PipelineConfig, root: str, prefix: str, manifest: Manifest)
     return RunSpec(run_id=run_id, store_uri=root, dataset_prefix=prefix, model=config.model, train=config.train)
 
 
-def find_checkpoint(store: ObjectStore, run: RunSpec) -> tuple[str, int]:
-    """The newest complete checkpoint of a run.
-
-    Returns:
-        Key of its folder, and its step.
+def find_trained(config: PipelineConfig, root: str) -> TrainSummary:
+    """The newest complete checkpoint of a config's run.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or no dataset.
     """
+    store = open_store(root)
+    run = run_spec(config, root, *find_dataset(config, store))
     last = checkpoint_prefix(run.run_id, run.train.num_steps)
-    if find_bundle(store, last) is not None:
-        return last, run.train.num_steps
-    found = list_bundles(store, checkpoints_prefix(run.run_id))
+    found = [last] if find_bundle(store, last) is not None else list_bundles(store, checkpoints_prefix(run.run_id))
     if not found:
         raise ValueError(
             f"checkpoint: run {run.run_id} has none in {store.uri}; run `lacuna train` with the same options first"
         )
-    return found[-1], step_of(found[-1])
+    return train_summary(store, run, found[-1], was_done=True, seconds=0)
 
 
-def validation_spec(config: PipelineConfig, run: RunSpec, checkpoint: str, step: int) -> ValidationSpec:
+def train_summary(store: ObjectStore, run: RunSpec, checkpoint: str, *, was_done: bool, seconds: float) -> TrainSummary:
+    """What the flows say of a checkpoint; ``checkpoint`` is the key of its folder."""
+    return TrainSummary(
+        run_id=run.run_id,
+        step=step_of(checkpoint),
+        prefix=checkpoint,
+        checkpoint=store.uri_of(checkpoint),
+        dataset_prefix=run.dataset_prefix,
+        was_done=was_done,
+        seconds=seconds,
+    )
+
+
+def validation_spec(config: PipelineConfig, root: str, trained: TrainSummary) -> ValidationSpec:
     """What the validation of a checkpoint is told."""
     return ValidationSpec(
-        store_uri=run.store_uri,
-        run_id=run.run_id,
-        step=step,
-        checkpoint_prefix=checkpoint,
-        dataset_prefix=run.dataset_prefix,
+        store_uri=root,
+        run_id=trained.run_id,
+        step=trained.step,
+        checkpoint_prefix=trained.prefix,
+        dataset_prefix=trained.dataset_prefix,
         model=config.model,
         prediction_type=config.train.prediction_type,
         config=config.validation,
@@ -175,14 +186,14 @@ def validation_spec(config: PipelineConfig, run: RunSpec, checkpoint: str, step:
 
 
 def export_spec(
-    config: PipelineConfig, run: RunSpec, checkpoint: str, step: int, report_prefix: str, datasets: Sequence[str]
+    config: PipelineConfig, root: str, trained: TrainSummary, report_prefix: str, datasets: Sequence[str]
 ) -> ExportSpec:
-    """What the export of a checkpoint is told."""
+    """What the export of a checkpoint is told; ``datasets`` are keys of folders, in the order of their making."""
     return ExportSpec(
-        store_uri=run.store_uri,
-        run_id=run.run_id,
-        step=step,
-        checkpoint_prefix=checkpoint,
+        store_uri=root,
+        run_id=trained.run_id,
+        step=trained.step,
+        checkpoint_prefix=trained.prefix,
         report_prefix=report_prefix,
         dataset_prefixes=tuple(datasets),
         model=config.model,
@@ -271,9 +282,9 @@ def _model_steps(config: PipelineConfig, root: str, store: ObjectStore, encoded:
             PlannedStep("train", False, f"{detail}, run {run.run_id}"),
             *(PlannedStep(n, False, "after train") for n in ("validate", "publish")),
         ]
-    validation = validation_spec(config, run, last, run.train.num_steps)
-    report = validation.report_prefix(store)
-    export = export_spec(config, run, last, run.train.num_steps, report, ())
+    trained = train_summary(store, run, last, was_done=True, seconds=0)
+    report = validation_spec(config, root, trained).report_prefix(store)
+    export = export_spec(config, root, trained, report, ())
     return [
         PlannedStep("train", True, last),
         PlannedStep("validate", find_bundle(store, report) is not None, report),

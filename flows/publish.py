@@ -4,11 +4,10 @@ from prefect import flow
 
 from flows import tasks
 from flows.config import PipelineConfig, resolve
-from flows.plan import find_checkpoint, find_dataset, run_spec
+from flows.plan import find_trained
 from flows.results import PublishSummary, TrainSummary, ValidationSummary
 from flows.store import absolute_root
 from flows.validate import validate
-from infra.storage import open_store
 
 
 @flow(name="publish")
@@ -27,10 +26,5 @@ def publish(
         validation: Its report.
     """
     config, root = resolve(config), absolute_root(root)
-    validation = validation or validate(config, root, trained)
-    if trained is not None:
-        return tasks.publish(config, root, trained.dataset_prefix, validation, trained.prefix)
-    store = open_store(root)
-    dataset, manifest = find_dataset(config, store)
-    checkpoint, _ = find_checkpoint(store, run_spec(config, root, dataset, manifest))
-    return tasks.publish(config, root, dataset, validation, checkpoint)
+    trained = trained or find_trained(config, root)
+    return tasks.publish(config, root, trained, validation or validate(config, root, trained))

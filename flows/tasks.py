@@ -20,7 +20,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows import artifacts
 from flows.config import PipelineConfig
-from flows.plan import data_stage, dataset_lineage, export_spec, run_spec, validation_spec
+from flows.plan import data_stage, dataset_lineage, export_spec, run_spec, train_summary, validation_spec
 from flows.progress import listener
 from flows.results import PublishSummary, StageSummary, TrainSummary, ValidationSummary
 from flows.server import beside
@@ -104,36 +104,28 @@ def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
 
     with _workdir(root, run.run_id) as workdir:
         result = launch(run, workdir=workdir, on_event=on_event)
-    summary = TrainSummary(
-        run_id=run.run_id,
-        step=result.step,
-        prefix=result.checkpoint_prefix,
-        checkpoint=store.uri_of(result.checkpoint_prefix),
-        dataset_prefix=dataset,
-        was_done=result.was_done,
-        seconds=time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    summary = train_summary(store, run, result.checkpoint_prefix, was_done=result.was_done, seconds=seconds)
     artifacts.checkpoint(summary)
     progress.finish(_done_text(summary.was_done, f"step {summary.step}", summary.seconds))
     return summary
 
 
 @task(name="validate", tags={"gpu"}, **_RETRIED)
-def validate(config: PipelineConfig, root: str, dataset: str, checkpoint: str, step: int) -> ValidationSummary:
-    """Inpaints held-out pictures; ``checkpoint`` is the key of the checkpoint's folder."""
+def validate(config: PipelineConfig, root: str, trained: TrainSummary) -> ValidationSummary:
+    """Inpaints held-out pictures with a checkpoint."""
     started = time.monotonic()
     store = open_store(root)
-    run = run_spec(config, root, dataset, read_manifest(store, dataset, field="train.dataset"))
-    spec = validation_spec(config, run, checkpoint, step)
+    spec = validation_spec(config, root, trained)
     progress = artifacts.ProgressArtifact("validate", listener())
     was_done = find_bundle(store, spec.report_prefix(store)) is not None
     if not was_done:
-        _run_child("training.validation", spec.model_dump(mode="json"), root, run.run_id, progress)
+        _run_child("training.validation", spec.model_dump(mode="json"), root, trained.run_id, progress)
     prefix = spec.report_prefix(store)
     report = json.loads(store.read(f"{prefix}/report.json"))
     summary = ValidationSummary(
-        run_id=run.run_id,
-        step=step,
+        run_id=trained.run_id,
+        step=trained.step,
         prefix=prefix,
         report=store.uri_of(f"{prefix}/report.html"),
         grid=store.uri_of(f"{prefix}/grid.png"),
@@ -149,24 +141,22 @@ def validate(config: PipelineConfig, root: str, dataset: str, checkpoint: str, s
 
 
 @task(name="publish", tags={"publish"}, **_RETRIED)
-def publish(
-    config: PipelineConfig, root: str, dataset: str, validation: ValidationSummary, checkpoint: str
-) -> PublishSummary:
+def publish(config: PipelineConfig, root: str, trained: TrainSummary, validation: ValidationSummary) -> PublishSummary:
     """Exports a validated checkpoint and moves the channels that may be moved."""
     started = time.monotonic()
     store = open_store(root)
-    manifest = read_manifest(store, dataset, field="train.dataset")
-    lineage = [prefix for prefix, _ in dataset_lineage(store, dataset, manifest)]
-    run = run_spec(config, root, dataset, manifest)
-    spec = export_spec(config, run, checkpoint, validation.step, validation.prefix, lineage)
+    manifest = read_manifest(store, trained.dataset_prefix)
+    lineage = [prefix for prefix, _ in dataset_lineage(store, trained.dataset_prefix, manifest)]
+    spec = export_spec(config, root, trained, validation.prefix, lineage)
     progress = artifacts.ProgressArtifact("publish", listener())
     channels = _channels_if_done(store, spec)
     was_done = channels is not None
     if channels is None:
-        channels = _run_child("training.export", spec.model_dump(mode="json"), root, run.run_id, progress)["channels"]
+        result = _run_child("training.export", spec.model_dump(mode="json"), root, trained.run_id, progress)
+        channels = result["channels"]
     summary = PublishSummary(
-        run_id=run.run_id,
-        step=validation.step,
+        run_id=trained.run_id,
+        step=trained.step,
         prefix=spec.export_prefix,
         export=store.uri_of(spec.export_prefix),
         channel=channels,
@@ -174,9 +164,7 @@ def publish(
         seconds=time.monotonic() - started,
     )
     artifacts.publication(summary)
-    progress.finish(
-        _done_text(was_done, ", ".join(f"{name} {what}" for name, what in summary.channel.items()), summary.seconds)
-    )
+    progress.finish(_done_text(was_done, "export and channels", summary.seconds))
     return summary
 
 

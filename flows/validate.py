@@ -4,10 +4,9 @@ from prefect import flow
 
 from flows import tasks
 from flows.config import PipelineConfig, resolve
-from flows.plan import find_checkpoint, find_dataset, run_spec
+from flows.plan import find_trained
 from flows.results import TrainSummary, ValidationSummary
 from flows.store import absolute_root
-from infra.storage import open_store
 
 
 @flow(name="validate")
@@ -22,9 +21,4 @@ def validate(
         trained: The checkpoint; by default the newest one of the config's run.
     """
     config, root = resolve(config), absolute_root(root)
-    if trained is not None:
-        return tasks.validate(config, root, trained.dataset_prefix, trained.prefix, trained.step)
-    store = open_store(root)
-    dataset, manifest = find_dataset(config, store)
-    checkpoint, step = find_checkpoint(store, run_spec(config, root, dataset, manifest))
-    return tasks.validate(config, root, dataset, checkpoint, step)
+    return tasks.validate(config, root, trained or find_trained(config, root))

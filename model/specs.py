@@ -104,7 +104,7 @@ class LatentSpec(_Spec):
         factor: pixels per latent cell, along one side.
         scaling_factor: what a posterior sample is multiplied by when latents are made; not applied to what is stored.
         dtype: `float16` or `float32`.
-        weights_sha256: `model.weights.weights_sha256` of the VAE.
+        weights_sha256: `preprocessing.contracts.digests.weights_sha256` of the VAE's folder.
     """
 
     channels: int = 4
@@ -152,7 +152,7 @@ class TextSpec(_Spec):
         layer: which hidden states. `penultimate+ln_final`: without the last block, then the final layer norm.
         pad_token_id: what fills the context after the end token (0 in open_clip, not the end token).
         dtype: `float16` or `float32`.
-        weights_sha256: `model.weights.weights_sha256` of the text encoder.
+        weights_sha256: `preprocessing.contracts.digests.weights_sha256` of the text encoder's folder.
     """
 
     num_tokens: int = 77

@@ -5,7 +5,6 @@ else, and nothing from a hub. Its scheduler's config states the prediction type,
 guess wrong for a v-prediction inpainting model.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,33 +28,6 @@ PAD_TOKEN: Final = "<|pad|>"  # noqa: S105  # as above
 """A second name of id 0. The published SD2 tokenizer pads with "!", and so reads every "!" of a caption as padding."""
 
 _CHUNK_BYTES: Final = 1 << 20
-
-
-def weights_sha256(path: Path | str) -> str:
-    """What identifies a model: the sha256 of a file, or of a folder's weights and configs.
-
-    For a folder it is the sha256 of the lines `{sha256}  {name}` of its *.safetensors and *.json, at any depth, sorted
-    by name with forward slashes: equal folders have equal hashes wherever they lie, and other files do not count.
-
-    Args:
-        path: a file or folder.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        ValueError: there is nothing to hash.
-    """
-    root = Path(path)
-    if root.is_file():
-        return _file_sha256(root)
-    files = sorted(
-        (p.relative_to(root).as_posix(), p) for p in root.rglob("*") if p.suffix in (".safetensors", ".json")
-    )
-    if not files:
-        raise ValueError(f"no weights at {root}: expected a file, or a folder with *.safetensors and *.json")
-    lines = "".join(f"{_file_sha256(file)}  {name}\n" for name, file in files)
-    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
 
 def save_safetensors(path: Path | str, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
@@ -255,11 +227,3 @@ def _detached(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A CPU copy that shares no storage (safetensors refuses shared storage)."""
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(device="cpu", dtype=wanted, copy=True).contiguous()
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -203,7 +203,7 @@ class EncodeStage:
     def _weights(self) -> dict[str, str]:
         return {name: weights_sha256(self._directory / name) for name in ("vae", "open_clip")}
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 of what determines the result."""
         return digest_of(self.name, self.version, self.config, [self._downloaded.digest], self._weights)
@@ -224,7 +224,8 @@ class EncodeStage:
         return len(self._downloaded.shards)
 
     @cached_property
-    def _encoders(self) -> Encoders:
+    def encoders(self) -> Encoders:
+        """The models, loaded when they are first asked for."""
         import torch
 
         from model.encoders import load_text_encoder, load_vae
@@ -232,7 +233,7 @@ class EncodeStage:
         if self._config.num_threads:
             torch.set_num_threads(self._config.num_threads)
         # Half as fast again on a CPU, and what a GPU's convolutions want.
-        vae = torch.nn.Module.to(load_vae(self._directory / "vae"), memory_format=torch.channels_last)
+        vae = load_vae(self._directory / "vae").to(memory_format=torch.channels_last)  # pyright: ignore[reportArgumentType, reportCallIssue]  # typed without it
         text = load_text_encoder(self._directory / "open_clip", load_image_tower=False)
         factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         resolution_px = self._config.resolution_px
@@ -257,7 +258,7 @@ class EncodeStage:
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """What the tensors mean; training refuses a dataset whose specs are not its model's."""
-        encoders = self._encoders
+        encoders = self.encoders
         return {
             "latents": encoders.latent_spec.to_json(),
             "text": encoders.text_spec.to_json(),
@@ -271,7 +272,7 @@ class EncodeStage:
 
         from model.encoders import encode_moments
 
-        encoders = self._encoders
+        encoders = self.encoders
         side = encoders.latent_spec.resolution_px
         constants = {
             "null_text_embedding": encoders.text.embed_captions([""])[0].half(),
@@ -285,9 +286,9 @@ class EncodeStage:
         duplicates = self._duplicate_images(scratch)
         for index in indices:
             rows = self._read_shard(index, scratch)
-            is_duplicate = pc.is_in(rows.column("uid"), pa.array(sorted(duplicates), pa.string()))
-            copies = rows.filter(is_duplicate).select(["uid", "url", "sha256"]).to_pylist()
-            table, rejects = encode_rows(rows.filter(pc.invert(is_duplicate)), self._encoders, self._config.batch_size)
+            is_first = np.array([uid not in duplicates for uid in rows.column("uid").to_pylist()], dtype=bool)
+            copies = rows.filter(pa.array(~is_first)).select(["uid", "url", "sha256"]).to_pylist()
+            table, rejects = encode_rows(rows.filter(pa.array(is_first)), self.encoders, self._config.batch_size)
             refused = rejects_table(
                 [row["uid"] for row in copies],
                 [row["url"] for row in copies],
@@ -343,7 +344,7 @@ def _split_files(index: int, table: pa.Table) -> tuple[RowsFile, ...]:
     """One file a split, so that training cannot even open a held-out row; a split without rows has no file."""
     files = []
     for split in SPLITS:
-        rows = table.filter(pc.equal(table.column("split"), split)).drop_columns(["split"])
+        rows = table.filter(pc.field("split") == split).drop_columns(["split"])
         if rows.num_rows:
             files.append(RowsFile(f"{split}-{index:05d}.parquet", rows.combine_chunks(), split, TENSOR_WRITER))
     return tuple(files)

@@ -25,9 +25,9 @@ def with_base(base_weights: Path) -> list[str]:
     return [f"model.base={base_weights}"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prefect's own server with a history of its own, as the command line starts it."""
+    """Prefect's own server with a history of its own, for the module that needs it."""
     patch = pytest.MonkeyPatch()
     patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
     from prefect.testing.utilities import prefect_test_harness

@@ -7,7 +7,11 @@ import pytest
 
 from infra.errors import ContractError, GateError, TransientError
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_api"),
+    # Prefect leaves its clients' sockets to the garbage collector, which may come by during any test here.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 
 
 def _tries(error: Exception, num_failures: int) -> int:

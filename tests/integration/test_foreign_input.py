@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import csv
 
 from tests.integration.conftest import Lacuna
 
@@ -22,8 +22,8 @@ NUM_PICTURES = 60
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        return
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """Says nothing."""
 
 
 @pytest.fixture
@@ -48,7 +48,10 @@ def gallery(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _rows(folder: Path, host: str) -> pa.Table:
-    sizes = [Image.open(folder / f"{index}").size for index in range(NUM_PICTURES)]
+    sizes = []
+    for index in range(NUM_PICTURES):
+        with Image.open(folder / f"{index}") as picture:
+            sizes.append(picture.size)
     return pa.table(
         {
             "url": [f"{host}/{index}" for index in range(NUM_PICTURES)],
@@ -67,7 +70,7 @@ def test_own_metadata_and_own_pictures(gallery: tuple[Path, str], lacuna: Lacuna
     rows = _rows(*gallery)
     (tmp_path / "own").mkdir()
     pq.write_table(rows.slice(0, 40), tmp_path / "own" / "a.parquet")
-    pa.csv.write_csv(rows.slice(40), tmp_path / "own" / "b.csv")
+    csv.write_csv(rows.slice(40), tmp_path / "own" / "b.csv")
     result = lacuna.run(
         "run",
         str(tmp_path / "store"),

@@ -5,10 +5,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from preprocessing.contracts.config import DemoWorldConfig
@@ -120,7 +121,7 @@ def test_validation_report_is_for_people_and_programs(demo: dict[str, Any]):
 
 def test_pull_gives_what_diffusers_loads(demo: dict[str, Any], lacuna: Lacuna, demo_root: Path, tmp_path: Path):
     lacuna.pull("stable", str(demo_root), tmp_path / "model")
-    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(
         str(tmp_path / "model" / "diffusers"), local_files_only=True, safety_checker=None
     )
     assert pipe.unet.config.in_channels == 9
@@ -135,5 +136,6 @@ def test_pull_gives_what_diffusers_loads(demo: dict[str, Any], lacuna: Lacuna, d
         width=64,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
-    ).images[0]
-    assert out.size == (64, 64)
+    )
+    assert isinstance(out, StableDiffusionPipelineOutput)
+    assert out.images[0].size == (64, 64)

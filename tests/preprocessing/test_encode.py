@@ -138,11 +138,12 @@ def test_held_out_rows_stand_in_files_of_their_own(store: ObjectStore, manifest:
 def test_tensors_are_what_the_models_give(
     store: ObjectStore, stage: EncodeStage, manifest: Manifest, config: EncodeConfig
 ):
-    encoders = stage._encoders
+    encoders = stage.encoders
     prefix = dataset_prefix("encode", manifest.digest)
     rows = pq.read_table(store.local_path(f"{prefix}/{manifest.files('rows', 'train')[0].name}")).to_pylist()
     for row in rows[:3]:
-        crop = np.array(Image.open(io.BytesIO(row["image"])))
+        with Image.open(io.BytesIO(row["image"])) as picture:
+            crop = np.array(picture)
         index = int(row["url"].rsplit("/", 1)[1][:-4])
         assert np.array_equal(crop, central_square(draw(scene_at(5, index)), SIDE_PX)[0])
         pixels = images_to_pixels(crop[None])
@@ -180,9 +181,9 @@ def test_tensor_columns_can_be_mapped(store: ObjectStore, manifest: Manifest):
 def test_constants_belong_to_the_dataset(store: ObjectStore, stage: EncodeStage, manifest: Manifest):
     (file,) = manifest.extra_files
     constants = load_file(str(store.local_path(f"{dataset_prefix('encode', manifest.digest)}/{file.name}")))
-    grey = encode_moments(stage._encoders.vae, torch.zeros(1, 3, SIDE_PX, SIDE_PX))[0]
+    grey = encode_moments(stage.encoders.vae, torch.zeros(1, 3, SIDE_PX, SIDE_PX))[0]
     torch.testing.assert_close(constants["full_mask_moments"].float(), grey, atol=0.02, rtol=0.002)
-    null = stage._encoders.text.embed_captions([""])[0]
+    null = stage.encoders.text.embed_captions([""])[0]
     torch.testing.assert_close(constants["null_text_embedding"].float(), null, atol=5e-3, rtol=0)
 
 
@@ -220,8 +221,8 @@ def test_a_row_that_becomes_nan_is_refused(
     """A VAE whose encoder overflows never reaches a committed shard."""
     broken = EncodeStage(store, stage._downloaded, config, model)
     with torch.no_grad():
-        broken._encoders.vae.quant_conv.bias.fill_(float("nan"))
-    kept, rejects = encode_rows(_table(range(4)), broken._encoders, batch_size=3)
+        broken.encoders.vae.encoder.conv_in.weight.fill_(float("nan"))
+    kept, rejects = encode_rows(_table(range(4)), broken.encoders, batch_size=3)
     assert kept.num_rows == 0
     assert rejects.column("reason").to_pylist() == [Reason.NON_FINITE] * 4
 
