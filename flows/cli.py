@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,7 +384,26 @@ def _message_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-main: Callable[[], None] = app
+# typer's UsageError, which it does not export; BadParameter is one.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """The command ``lacuna``."""
+    try:
+        code = app(standalone_mode=False)
+    except _USAGE_ERROR as error:  # a wrong option, a missing argument: one line, like every other bad input
+        message = str(error)
+        if len(sys.argv) == 1:
+            app(["--help"])
+        print(f"error: {message} (see `lacuna --help`)", file=sys.stderr, flush=True)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message, "exit_code": EXIT_BAD_INPUT}, ensure_ascii=False), flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except typer.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code)
+
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ from infra.bundles import find_bundle, list_bundles
 from infra.errors import TransientError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
+from training.compatibility import check_specs, parse_specs
 from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_digest, run_id_of, step_of
 from training.runspec_validation import ExportSpec, ValidationSpec
 
@@ -136,7 +137,12 @@ def find_dataset(config: PipelineConfig, store: ObjectStore) -> tuple[str, Manif
 
 
 def run_spec(config: PipelineConfig, root: str, prefix: str, manifest: Manifest) -> RunSpec:
-    """What the training of a config on a dataset is told."""
+    """What the training of a config on a dataset is told.
+
+    Raises:
+        ContractError: The dataset was not encoded by this model's encoders. Better known before any process starts.
+    """
+    check_specs(parse_specs(manifest, prefix), config.model)
     run_id = run_id_of(config.recipe, run_digest(config.train, config.model, manifest.digest))
     return RunSpec(run_id=run_id, store_uri=root, dataset_prefix=prefix, model=config.model, train=config.train)
 

@@ -7,8 +7,10 @@ Prefect can start a temporary server by itself. It is done here instead because
 """
 
 import contextlib
+import fcntl
 import os
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -30,11 +32,23 @@ def is_local(root: str) -> bool:
 
 
 def beside(root: str, name: str) -> Path:
-    """A local folder of our own: beside a local root (``var/store`` → ``var/{name}``), else ``./var/{name}``."""
+    """A local folder of our own: beside a local root (``var/store`` → ``var/{name}``), else ``./var/{name}``.
+
+    Where that cannot be written, as beside a mounted root, it lies in the folder for temporary files.
+    """
     folder = (
         Path(root.removeprefix("file://")).expanduser().absolute().parent if is_local(root) else Path("var").absolute()
     )
+    for place in (folder, Path(tempfile.gettempdir()) / f"lacuna-{os.getuid()}"):
+        if _is_ours(place / name):
+            return place / name
     return folder / name
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether we can write there: into the folder, or else into the nearest one above it that exists."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def prefect_home(root: str) -> Path:
@@ -80,16 +94,28 @@ def prefect_server(root: str, *, debug: bool = False) -> Iterator[None]:
     # seconds.
     os.environ.setdefault("PREFECT_SERVER_REGISTER_BLOCKS_ON_START", "false")
     os.environ.setdefault("PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION", "false")
-    with _serving(home / "server.log") as (process, port):
-        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        try:
+    with contextlib.ExitStack() as stack:
+        with _alone(home):
+            process, port = stack.enter_context(_serving(home / f"server-{os.getpid()}.log"))
+            os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+            stack.callback(_forget_server)
             import prefect.flow_engine  # noqa: F401 - while the server comes up
 
             _await_health(process, port)
-            yield
-        finally:
-            _drain()
-            del os.environ["PREFECT_API_URL"]
+        yield
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One start at a time: two servers that make the same new database at once get into each other's way."""
+    with (home / ".starting").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _forget_server() -> None:
+    _drain()
+    del os.environ["PREFECT_API_URL"]
 
 
 @contextlib.contextmanager
@@ -108,12 +134,12 @@ def _serving(log_path: Path) -> Iterator[tuple[GuardedProcess, int]]:
     argv = [sys.executable, "-P", "-m", "flows.api_server"]
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOM), env.get("PYTHONPATH")]))
-    log_path.unlink(missing_ok=True)
     with GuardedProcess(argv, env=env, log_path=log_path, on_line=listen, grace_s=5) as process:
         deadline = time.monotonic() + _START_S
         while not told.wait(_POLL_S):
             _check_alive(process, deadline)
         yield process, port
+    log_path.unlink(missing_ok=True)  # kept only where something went wrong
 
 
 def _await_health(process: GuardedProcess, port: int) -> None:

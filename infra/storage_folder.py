@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -68,7 +69,12 @@ class FolderStore(ObjectStore):
 
     @override
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        try:
+            return stat.S_ISREG(os.stat(self._path(key)).st_mode)
+        except _NOT_THERE:
+            return False
+        except OSError as error:
+            self._raise_named(key, error)
 
     @override
     def read_with_etag(self, key: str) -> tuple[bytes, str]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from preprocessing.contracts.config import NOT_IN_DIGEST, Config
+from preprocessing.contracts.config import NOT_IN_DIGEST, Config, MaskFamily
 
 
 class TrainConfig(Config):
@@ -61,7 +61,9 @@ class ValidationConfig(Config):
     """Inpainting of held-out pictures from the EMA weights."""
 
     seed: int = Field(default=0, ge=0)
-    mask_families: tuple[str, ...] = Field(default=("lama_thin_512", "lama_medium_512", "lama_thick_512"), min_length=1)
+    mask_families: tuple[MaskFamily, ...] = Field(
+        default=("lama_thin_512", "lama_medium_512", "lama_thick_512"), min_length=1
+    )
     num_samples: int = Field(default=64, ge=1, description="Held-out pictures per mask family.")
     num_object_samples: int = Field(
         default=0, ge=0, description="Demo world only: pictures with one whole object hidden, for prompt-following."
@@ -76,7 +78,9 @@ class PublishConfig(Config):
     """What is published, and when a channel moves."""
 
     channels: tuple[Literal["latest", "best", "stable"], ...] = ("latest", "best", "stable")
-    best_metric: str = Field(default="masked_psnr_db", description="Of the report's `summary`; higher is better.")
+    best_metric: Literal["masked_psnr_db", "masked_ssim", "image_text_similarity", "object_agreement"] = Field(
+        default="masked_psnr_db", description="Of the report's `summary`; higher is better."
+    )
     stable_min: dict[str, float] = Field(
         default_factory=dict,
         description="`stable` moves only if each named metric of the report's `summary` is at least this.",

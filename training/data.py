@@ -6,7 +6,6 @@ dataset digest), so resuming is one integer, and the number of processes changes
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,8 @@ from torch import Tensor
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_file
 from model.randomness import stream
-from model.specs import LatentSpec, MaskSpec, TextSpec
-from preprocessing.contracts.config import ModelConfig
-from preprocessing.contracts.digests import weights_sha256
 from preprocessing.contracts.manifest import MANIFEST_NAME, DatasetFile, Manifest
+from training.compatibility import DatasetSpecs, parse_specs
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,21 +33,6 @@ ROWS_PER_WINDOW: Final = 1 << 16
 """Rows are shuffled within windows of about so many: enough to mix, few enough that a window's pages stay in memory."""
 
 _DTYPES: Final = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-
-
-@dataclass(frozen=True)
-class DatasetSpecs:
-    """What the stored tensors mean.
-
-    Attributes:
-        latents: Of ``moments`` and ``masked_moments_k``.
-        text: Of ``text_embeddings``.
-        masks: Of ``mask_k``.
-    """
-
-    latents: LatentSpec
-    text: TextSpec
-    masks: MaskSpec
 
 
 @dataclass(frozen=True)
@@ -332,7 +314,7 @@ def open_dataset(store: ObjectStore, prefix: str, cache_dir: Path, *, verify_has
         ContractError: No such dataset, not an encoded one, empty, or a file is not what the manifest says.
     """
     manifest = _read_manifest(store, prefix)
-    specs = _parse_specs(manifest, store.uri_of(prefix))
+    specs = parse_specs(manifest, store.uri_of(prefix))
     files = manifest.files("rows", split="train")
     if not sum(file.num_rows for file in files):
         raise ContractError(f"{store.uri_of(prefix)}: the dataset has no training rows; select more, or hold out fewer")
@@ -361,24 +343,6 @@ def _read_manifest(store: ObjectStore, prefix: str) -> Manifest:
             f"dataset: {uri} is no manifest that this version reads "
             f"({'.'.join(map(str, first['loc']))}: {first['msg']}); prepare it again"
         ) from error
-
-
-def _parse_specs(manifest: Manifest, uri: str) -> DatasetSpecs:
-    try:
-        specs = DatasetSpecs(
-            LatentSpec.from_json(manifest.specs["latents"]),
-            TextSpec.from_json(manifest.specs["text"]),
-            MaskSpec.from_json(manifest.specs["masks"]),
-        )
-    except KeyError as error:
-        raise ContractError(
-            f"dataset: {uri} has no spec {error} (its stage is {manifest.stage!r}); training needs an encoded dataset"
-        ) from error
-    except ValueError as error:
-        raise ContractError(f"dataset: {uri}: {error}; encode it again with this version") from error
-    if specs.masks.num_variants < 1:
-        raise ContractError(f"dataset: {uri} holds no masks, and train.mask_source is 'cached'; encode it with masks")
-    return specs
 
 
 def _local_file(store: ObjectStore, prefix: str, file: DatasetFile, cache_dir: Path, *, verify_hashes: bool) -> Path:
@@ -424,38 +388,3 @@ def _read_constants(store: ObjectStore, prefix: str, manifest: Manifest, specs: 
             has = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise ContractError(f"{uri}: {name} is {has}, the dataset's specs say {shape}; encode it again")
     return Constants(tensors["null_text_embedding"], tensors["full_mask_moments"])
-
-
-# --------------------------------------------------------------------------------------------------------------- specs
-
-
-def check_specs(specs: DatasetSpecs, model: ModelConfig) -> None:
-    """Makes sure that a dataset was encoded by these very encoders, and fits this UNet.
-
-    Raises:
-        ContractError: It was not; names both sides and both values.
-    """
-    folder = model.directory
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    text_width = unet.get("cross_attention_dim", 1280)  # diffusers' default
-    facts = [
-        ("VAE weights sha256", specs.latents.weights_sha256, "vae/", weights_sha256(folder / "vae")),
-        ("scaling_factor", specs.latents.scaling_factor, "vae/config.json", vae.get("scaling_factor", 0.18215)),
-        ("latent channels", specs.latents.channels, "unet/config.json (out_channels)", unet.get("out_channels", 4)),
-        ("text encoder weights sha256", specs.text.weights_sha256, "open_clip/", weights_sha256(folder / "open_clip")),
-        ("text width", specs.text.width, "unet/config.json (cross_attention_dim)", text_width),
-    ]
-    for name, in_dataset, where, in_model in facts:
-        if in_dataset != in_model:
-            raise ContractError(
-                f"{name}: the dataset was encoded with {in_dataset}, "
-                f"model.base {model.base!r} has {in_model} in {where}; "
-                "choose the model that the dataset was encoded with, or encode it again"
-            )
-    channels = specs.latents.channels
-    if unet.get("in_channels", 4) not in (channels, 2 * channels + 1):
-        raise ContractError(
-            f"unet/config.json: in_channels is {unet['in_channels']}, the dataset's latents need {channels} "
-            f"(text-to-image, to be widened) or {2 * channels + 1} (inpainting); choose another model.base"
-        )

@@ -22,7 +22,8 @@ from model.schedule import alphas_cumprod
 from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
 from training.checkpoint import Checkpoints, TrainingState, load_checkpoint
 from training.child import emit
-from training.data import TrainingDataset, check_specs, open_dataset
+from training.compatibility import check_specs
+from training.data import TrainingDataset, open_dataset
 from training.ema import Ema
 from training.engine import World, build_engine, init_distributed, learning_rate_at, set_learning_rate
 from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix

@@ -108,7 +108,7 @@ def _with_one_word_changed(draws: np.random.Generator, caption: str) -> str:
     return " ".join(words)
 
 
-def _encode_text(clip: CLIP, texts: Tensor) -> Tensor:
+def _encode_text(clip: Any, texts: Tensor) -> Tensor:
     """`clip.encode_text` without the padding: attention is causal, so what follows a caption changes nothing in it."""
     texts = texts[:, : int((texts != 0).sum(dim=1).max())]
     length = texts.shape[1]

@@ -106,7 +106,8 @@ def _loss(unet: UNet2DConditionModel, latents: Tensor, text: Tensor, alphas: Ten
 
 @torch.no_grad()
 def _update(ema: torch.nn.Module, unet: torch.nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in unet.parameters()], 1 - decay)
+    for average, weight in zip(ema.parameters(), unet.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def _write(output: Path, ema: UNet2DConditionModel) -> None:

@@ -8,7 +8,9 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from model.specs import MASK_FAMILIES
 
 NOT_IN_DIGEST: dict[str, Any] = {"in_digest": False}
 
@@ -26,6 +28,20 @@ class Config(BaseModel):
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("in_digest") is False)
         }
         return self.model_dump(mode="json", include=kept)
+
+
+def known_mask_family(name: str) -> str:
+    """The name of a mask family, if there is one of that name.
+
+    Raises:
+        ValueError: There is none; says which there are.
+    """
+    if name not in MASK_FAMILIES:
+        raise ValueError(f"no mask family {name!r}; choose one of {', '.join(MASK_FAMILIES)}")
+    return name
+
+
+MaskFamily = Annotated[str, AfterValidator(known_mask_family)]
 
 
 class DemoWorldConfig(Config):
@@ -100,6 +116,9 @@ class DownloadConfig(Config):
     )
     encode_quality: int = Field(default=95, ge=1, le=100, description="JPEG quality of the stored pictures.")
     max_image_area_px: int = Field(default=64_000_000, ge=1, description="Larger pictures are refused.")
+    min_image_side_px: int = Field(
+        default=16, ge=1, description="Pictures with a shorter side are refused: placeholders."
+    )
     max_aspect: float = Field(default=20.0, ge=1)
     min_success_rate: float = Field(
         default=0.0,
@@ -133,7 +152,7 @@ class EncodeConfig(Config):
     """From pictures to training rows."""
 
     resolution_px: int = Field(default=512, ge=64, multiple_of=64)
-    mask_family: str = Field(default="sd_512train_large", description="See model/masks.py.")
+    mask_family: MaskFamily = Field(default="sd_512train_large", description="See model/masks.py.")
     num_mask_variants: int = Field(
         default=4, ge=1, le=64, description="Masks a row; as many as epochs gives each epoch a fresh one."
     )

@@ -1,5 +1,6 @@
 """What determines a result, as one sha256; and what names a row, as 128 bits."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,14 @@ def weights_sha256(directory: Path) -> str:
         raise ValueError(f"model: {str(directory)!r} has no weights (*.safetensors, *.json); give a folder that has")
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        found = path.stat()
+        content = _file_sha256(path, found.st_size, found.st_mtime_ns)
         total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
     return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sha256(path: Path, num_bytes: int, mtime_ns: int) -> str:
+    """A file's sha256, computed once while its size and time stay: a run asks for gigabytes of weights many times."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

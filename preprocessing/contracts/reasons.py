@@ -20,7 +20,6 @@ class Reason(StrEnum):
     CAPTION_LONG = "caption_long"
     DUPLICATE_ROW = "duplicate_row"  # the same url and caption as an earlier row
     DUPLICATE_URL = "duplicate_url"  # the same url as an earlier row, another caption
-    FORGOTTEN = "forgotten"  # tombstoned by `lacuna forget`
     # download
     URL_REFUSED = "url_refused"  # scheme, or an address that is not public and not allowed
     HOST_UNKNOWN = "host_unknown"  # the name does not resolve

@@ -131,6 +131,11 @@ def _check_size(container: Container, config: DownloadConfig) -> None:
             Reason.IMAGE_TOO_LARGE,
             f"{width} × {height} pixels are over download.max_image_area_px = {config.max_image_area_px:,}",
         )
+    if min(width, height) < config.min_image_side_px:
+        raise ImageRefused(
+            Reason.IMAGE_TOO_SMALL,
+            f"{width} × {height} pixels are under download.min_image_side_px = {config.min_image_side_px}",
+        )
     if max(width, height) > config.max_aspect * min(width, height):
         raise ImageRefused(
             Reason.ASPECT_EXTREME, f"{width} × {height} pixels are over download.max_aspect = {config.max_aspect:g}"

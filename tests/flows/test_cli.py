@@ -155,3 +155,21 @@ def test_show_config_is_a_recipe(tmp_path: Path, with_base: list[str]) -> None:
     (tmp_path / "again.yaml").write_text(done.stdout)
     again = lacuna("show-config", "--recipe", "again.yaml", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["train"]["num_steps"] == 7
+
+
+@pytest.mark.parametrize("words", [("run", "--nope"), ("pull", "stable"), ("bogus",)])
+def test_usage_errors_are_one_line_and_one_object(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = lacuna(*words, "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_error(done)
+    assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["encode.mask_family=typo", "validation.mask_families=[typo]", "publish.best_metric=typo"]
+)
+def test_names_are_checked_before_anything_runs(tmp_path: Path, with_base: list[str], key: str) -> None:
+    sets = [word for text in (*with_base, key) for word in ("--set", text)]
+    done = lacuna("show-config", *sets, cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_error(done).count(key.partition("=")[0]) == 1

@@ -48,6 +48,17 @@ class Lacuna:
         """Runs a verb that must succeed; returns the JSON object of the last line."""
         return self._succeed(self.argv(verb, root, **settings))
 
+    def fail(self, verb: str, root: str, exit_code: int, **settings: Any) -> str:
+        """Runs a verb that must fail with this exit code and one clear line; returns the line."""
+        argv = self.argv(verb, root, **settings)
+        done = subprocess.run(argv, env=self.environment(), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == exit_code, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        last = json.loads(done.stdout.strip().splitlines()[-1])
+        assert last["exit_code"] == exit_code
+        assert "\n" not in last["error"]
+        return last["error"]
+
     def pull(self, channel: str, root: str, to: Path) -> dict[str, Any]:
         """What a program that consumes checkpoints calls."""
         argv = [sys.executable, "-m", "flows.cli", "pull", channel, "--root", root, "--to", str(to), "--json"]

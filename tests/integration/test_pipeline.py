@@ -1,6 +1,7 @@
 """The whole pipeline through the command line, end to end, on a folder."""
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,16 @@ def test_pull_gives_what_diffusers_loads(demo: dict[str, Any], lacuna: Lacuna, d
     )
     assert isinstance(out, StableDiffusionPipelineOutput)
     assert out.images[0].size == (64, 64)
+
+
+def test_a_dataset_of_other_encoders_is_refused(demo: dict[str, Any], lacuna: Lacuna, demo_root: Path, tmp_path: Path):
+    """By specs: before anything is trained, and also where a checkpoint of the run is there already."""
+    other = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[2] / "model" / "tiny" / "weights", other)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    dataset = str(Path(demo["datasets"]["encode"]).parent)
+    before = snapshot(demo_root)
+    error = lacuna.fail("train", str(demo_root), 2, **{"train.dataset": dataset, "model.base": str(other)})
+    assert "VAE weights sha256: the dataset was encoded with" in error
+    assert snapshot(demo_root) == before

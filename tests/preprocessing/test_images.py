@@ -269,7 +269,7 @@ def test_metadata_bombs_are_not_read() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]), st.integers(1, 150), st.integers(1, 150), st.integers(8, 100))
 def test_sizes(kind: str, width: int, height: int, shorter_side: int) -> None:
-    config = DownloadConfig.model_validate({"image_size_px": shorter_side, "max_aspect": 1000})
+    config = DownloadConfig.model_validate({"image_size_px": shorter_side, "max_aspect": 1000, "min_image_side_px": 1})
     data = encoded(picture(width, height), kind)
     container = read_container(data)
     assert (container.width, container.height) == (width, height)
@@ -292,3 +292,9 @@ def test_whatever_comes_ends_in_a_picture_or_a_reason(kind: str, seed: int, num_
     except ImageRefused:
         return
     assert decoded(stored).size == (stored.width, stored.height)
+
+
+def test_a_placeholder_is_too_small() -> None:
+    assert refusal(encoded(picture(15, 400), "PNG")) == Reason.IMAGE_TOO_SMALL
+    assert refusal(encoded(picture(1, 1), "JPEG")) == Reason.IMAGE_TOO_SMALL
+    assert normalize_image(encoded(picture(16, 16), "PNG"), CONFIG).width == 16

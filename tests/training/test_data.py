@@ -19,7 +19,8 @@ from infra.storage import ObjectStore
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.manifest import MANIFEST_NAME
 from training import data
-from training.data import Shard, check_specs, decode_column, mask_variant, open_dataset, sample_order
+from training.compatibility import check_specs
+from training.data import Shard, decode_column, mask_variant, open_dataset, sample_order
 
 MakeDataset = Callable[..., str]
 
