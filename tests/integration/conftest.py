@@ -20,8 +20,11 @@ SMALL = {
     "download.timeout_s": 3,
     "encode.num_mask_variants": 2,
     "train.num_steps": 24,
+    "train.num_processes": 1,
+    "train.global_batch_size": 32,
     "train.warmup_steps": 4,
     "train.checkpoint_every_steps": 8,
+    "validation.mask_families": ["lama_medium_512"],
     "validation.num_samples": 6,
     "validation.num_object_samples": 8,
     "validation.num_inference_steps": 4,
@@ -37,7 +40,7 @@ class Lacuna:
     port: int
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PREFECT_HOME": str(self.folder / "prefect"), "OMP_NUM_THREADS": "1"}
+        return {**os.environ, "PREFECT_HOME": str(self.folder / "prefect")}
 
     def argv(self, verb: str, root: str, **settings: Any) -> list[str]:
         overrides = {**SMALL, "source.demo.port": self.port, **settings}

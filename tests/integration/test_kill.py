@@ -35,7 +35,8 @@ def _run_killed(lacuna: Lacuna, root: Path, after_s: float) -> bool:
 
 def _campaign(demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, root: Path, num_kills: int, seed: int) -> int:
     draws = random.Random(seed)
-    longest_s = sum(summary["seconds"] for summary in demo["stages"].values()) + demo["train"]["seconds"] + 30
+    parts = [*demo["stages"].values(), demo["train"], demo["validation"]]
+    longest_s = 10 + sum(part["seconds"] for part in parts)
     killed = 0
     for _ in range(num_kills):
         killed += _run_killed(lacuna, root, draws.uniform(8, longest_s))
@@ -50,7 +51,7 @@ def _campaign(demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, root: Path,
 def test_killed_and_started_again_is_the_uninterrupted_run(
     demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, tmp_path: Path
 ):
-    assert _campaign(demo, demo_root, lacuna, tmp_path / "store", num_kills=2, seed=1) >= 1
+    assert _campaign(demo, demo_root, lacuna, tmp_path / "store", num_kills=1, seed=1) == 1
 
 
 @pytest.mark.soak

@@ -163,7 +163,10 @@ def test_base_without_license_is_said_loudly(
 @pytest.mark.parametrize(
     ("publish", "message"),
     [
-        ({"best_metric": "masked_ssim"}, r"publish\.best_metric: the report has no metric 'masked_ssim'; choose one of"),
+        (
+            {"best_metric": "masked_ssim"},
+            r"publish\.best_metric: the report has no metric 'masked_ssim'; choose one of",
+        ),
         ({"stable_min": {"fid": 1.0}}, r"publish\.stable_min\.fid"),
     ],
 )
