@@ -136,7 +136,7 @@ def _options(data_dir: Path, server: S3Server) -> list[str]:
         "-master.telemetry=false",
         "-master.electionTimeout=1s",
         "-master.volumeSizeLimitMB=256",
-        "-volume.max=0",
+        "-volume.max=4096",  # each bucket takes volumes of its own, and they are as large as what is in them
         "-volume.preStopSeconds=0",
     ]
 
