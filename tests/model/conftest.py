@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,9 +54,12 @@ TINY_VAE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed():
+def _one_thread_one_seed() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(num_threads)  # sums in other tests, beside those of a child process, must not depend on it
 
 
 @pytest.fixture
