@@ -51,7 +51,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-header \
 		--no-annotate --quiet --upgrade --output-file requirements.lock
 
 clean: ## Remove what the demo, the tests and the set-up made

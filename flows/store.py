@@ -1,7 +1,6 @@
 """Looking around in the store: what a URI names, what stands there, whether it is whole. No prefect."""
 
 import base64
-import hashlib
 import html
 import io
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from infra.bundles import BundleManifest, load_bundle, parse_manifest, verify_bundle
+from infra.bundles import BundleManifest, hash_object, load_bundle, parse_manifest, verify_bundle
 from infra.channels import ChannelPointer, read_channel
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _ROOMS = ("datasets", "runs", "exports")
-_CHUNK_BYTES = 8 << 20
 _NUM_CROPS = 32
 
 
@@ -175,7 +173,7 @@ def problems_of(store: ObjectStore, prefix: str) -> tuple[int, list[str]]:
     for file in files:
         key = f"{prefix}/{file.name}"
         try:
-            num_bytes, sha256 = _hash_of(store, key)
+            num_bytes, sha256 = hash_object(store, key)
         except ObjectNotFoundError:
             problems.append(f"{store.uri_of(key)}: is missing")
             continue
@@ -183,18 +181,6 @@ def problems_of(store: ObjectStore, prefix: str) -> tuple[int, list[str]]:
             found, said = f"{num_bytes} bytes, sha256 {sha256}", f"{file.num_bytes} bytes, sha256 {file.sha256}"
             problems.append(f"{store.uri_of(key)}: is {found}; the manifest says {said}")
     return len(files), problems
-
-
-def _hash_of(store: ObjectStore, key: str) -> tuple[int, str]:
-    digest = hashlib.sha256()
-    num_bytes, total_bytes = 0, store.head(key).num_bytes
-    while num_bytes < total_bytes:
-        chunk = store.read_range(key, num_bytes, _CHUNK_BYTES)
-        if not chunk:
-            break
-        digest.update(chunk)
-        num_bytes += len(chunk)
-    return num_bytes, digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect

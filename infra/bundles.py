@@ -218,7 +218,7 @@ def _is_there(store: ObjectStore, key: str, file: BundleFile, etags: dict[str, s
         info = store.head(key)
     except ObjectNotFoundError:
         return False
-    if info.etag != etags[file.name] and _hash_object(store, key) == (file.num_bytes, file.sha256):
+    if info.etag != etags[file.name] and hash_object(store, key) == (file.num_bytes, file.sha256):
         etags[file.name] = info.etag  # another writer of the same bytes
     return info.num_bytes == file.num_bytes and info.etag == etags[file.name]
 
@@ -291,7 +291,7 @@ def verify_bundle(store: ObjectStore, prefix: str) -> list[str]:
     for file in load_bundle(store, prefix).files:
         key = f"{prefix}/{file.name}"
         try:
-            num_bytes, sha256 = _hash_object(store, key)
+            num_bytes, sha256 = hash_object(store, key)
         except ObjectNotFoundError:
             problems.append(f"{store.uri_of(key)}: is missing")
             continue
@@ -302,7 +302,8 @@ def verify_bundle(store: ObjectStore, prefix: str) -> list[str]:
     return problems
 
 
-def _hash_object(store: ObjectStore, key: str) -> tuple[int, str]:
+def hash_object(store: ObjectStore, key: str) -> tuple[int, str]:
+    """Size and sha256 of an object, read piece by piece."""
     digest = hashlib.sha256()
     num_bytes = 0
     while chunk := store.read_range(key, num_bytes, _CHUNK_BYTES):
