@@ -139,6 +139,8 @@ class TextEncoder:
         model_cfg: what open_clip builds it from.
         width: channels of `embed_text`.
         image_size: side of the image tower's input, in pixels; 0 without it.
+        compares: whether `embed_caption` and `embed_image` work: not without the image tower, nor without the last
+            block and the projection, which text encoders out of Stable Diffusion's own files lack.
     """
 
     def __init__(
@@ -161,6 +163,9 @@ class TextEncoder:
             raise ValueError(f"the text tower reads {self.clip.context_length} tokens: it must read {NUM_TOKENS}")
         self.width: int = self.clip.token_embedding.weight.shape[1]
         self.image_size = int(self.model_cfg["vision_cfg"]["image_size"]) if has_image_tower else 0
+        is_whole = not isinstance(self.clip.transformer.resblocks[-1], nn.Identity)
+        self._embeds_captions = is_whole and self.clip.text_projection is not None
+        self.compares = bool(self.image_size) and self._embeds_captions
         self._mean, self._std = tuple(mean), tuple(std)
         self._tokenizer = SimpleTokenizer(context_length=NUM_TOKENS)
 
@@ -217,7 +222,16 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed_caption(self, captions: Sequence[str]) -> Float[Tensor, "batch features"]:
-        """One unit vector per caption, in the space that it shares with pictures."""
+        """One unit vector per caption, in the space that it shares with pictures.
+
+        Raises:
+            ValueError: the weights came without the last block or the projection.
+        """
+        if not self._embeds_captions:
+            raise ValueError(
+                "this TextEncoder came without its last block and projection, as out of a Stable Diffusion file: "
+                "captions cannot be compared with pictures; use open_clip's own weights"
+            )
         return self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
 
     @torch.no_grad()
@@ -231,10 +245,12 @@ class TextEncoder:
             float32 features; their product with `embed_caption`'s is the cosine similarity.
 
         Raises:
-            ValueError: the image tower was not loaded.
+            ValueError: the image tower was not loaded, or the weights came without it.
         """
         if not self.image_size:
-            raise ValueError("this TextEncoder has no image tower: load it with load_image_tower=True")
+            raise ValueError(
+                "this TextEncoder has no image tower: load it with load_image_tower=True, from open_clip's own weights"
+            )
         pixels = _center_square(pixels.to(self.device).float(), self.image_size)
         mean, std = (torch.tensor(x, device=self.device).reshape(1, 3, 1, 1) for x in (self._mean, self._std))
         return self.clip.encode_image((pixels - mean) / std, normalize=True)
@@ -247,12 +263,14 @@ def load_text_encoder(
 
     Args:
         directory: holds `open_clip_config.json` ({"model_cfg": …, "preprocess_cfg": … if not CLIP's}) and
-            `open_clip_model.safetensors`, whose vocabulary may be compact (see `compact_vocabulary`).
+            `open_clip_model.safetensors`, whose vocabulary may be compact (see `compact_vocabulary`). Weights out of a
+            Stable Diffusion file may lack the image tower, and then also the last block with `text_projection` and
+            `logit_scale`, all of them or none; conditioning reads none of these, and `compares` is false.
         load_image_tower: without it only the text tower is built, which is all that encoding a dataset needs.
         device: where to put it.
 
     Returns:
-        the encoder: float32, eval mode, frozen.
+        the encoder: float32, eval mode, frozen. Weights that are float32 in the file are mapped, not copied.
 
     Raises:
         ValueError: a file is missing, the text tower is not open_clip's own, or the weights do not fit the config.
@@ -262,22 +280,35 @@ def load_text_encoder(
         raise ValueError(f"no text encoder in {directory}: it must hold {CLIP_CONFIG_NAME} and {CLIP_WEIGHTS_NAME}")
     config = json.loads(config_path.read_text(encoding="utf-8"))
     model_cfg, preprocess_cfg = config["model_cfg"], config.get("preprocess_cfg", {})
-    clip = _build_clip(model_cfg, with_image_tower=load_image_tower)
-    state_dict = expand_vocabulary(load_file(weights_path), clip.vocab_size)
-    if not load_image_tower:
+    state_dict = load_file(weights_path)
+    has_image_tower = load_image_tower and any(key.startswith("visual.") for key in state_dict)
+    clip = _build_clip(model_cfg, with_image_tower=has_image_tower)
+    state_dict = expand_vocabulary(state_dict, clip.vocab_size)
+    if not has_image_tower:
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith("visual.")}
+    _drop_unused(clip, state_dict)
     try:
-        clip.load_state_dict(state_dict)
+        clip.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{weights_path} does not fit {config_path}: {error}") from error
     encoder = TextEncoder(
         clip,
         model_cfg,
-        has_image_tower=load_image_tower,
+        has_image_tower=has_image_tower,
         mean=preprocess_cfg.get("mean", _CLIP_MEAN),
         std=preprocess_cfg.get("std", _CLIP_STD),
     )
     return encoder.to(device)
+
+
+def _drop_unused(clip: Any, state_dict: Mapping[str, Tensor]) -> None:
+    """Takes out of the model what a text tower for conditioning may lack, if the weights lack all of it."""
+    last = len(clip.transformer.resblocks) - 1
+    beginnings = (f"transformer.resblocks.{last}.", "text_projection", "logit_scale", "visual.")
+    if any(key.startswith(beginnings) for key in state_dict):
+        return  # whole, or damaged: then loading says what is missing
+    clip.transformer.resblocks[last] = nn.Identity()
+    clip.text_projection = clip.logit_scale = None
 
 
 def compact_vocabulary(state_dict: Mapping[str, Tensor], used_ids: Iterable[int]) -> dict[str, Tensor]:
@@ -325,7 +356,8 @@ def expand_vocabulary(state_dict: Mapping[str, Tensor], vocab_size: int) -> dict
 
 
 def _build_clip(model_cfg: Mapping[str, Any], *, with_image_tower: bool) -> Any:
-    """An `open_clip.model.CLIP` with random weights; without the image tower its place is taken by an identity."""
+    """An `open_clip.model.CLIP` whose parameters are still on no device; an identity takes a missing tower's place."""
+    from accelerate import init_empty_weights
     from open_clip.model import CLIP
 
     config = {key: value for key, value in model_cfg.items() if key != "custom_text"}
@@ -333,7 +365,8 @@ def _build_clip(model_cfg: Mapping[str, Any], *, with_image_tower: bool) -> Any:
         raise ValueError("model_cfg asks for a custom text tower: only open_clip's own CLIP class is supported")
     if not with_image_tower:  # CLIP insists on building one: let it be the smallest, and drop it
         config["vision_cfg"] = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 64, "head_width": 64}
-    clip = CLIP(**config)
+    with init_empty_weights(include_buffers=False):  # nothing is drawn that the weights would replace
+        clip = CLIP(**config)
     if not with_image_tower:
         clip.visual = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]  # deliberately nothing
     return clip

@@ -7,7 +7,7 @@ Legend as in `objective`: x_t noisy latents, x0 predicted latents, ε predicted 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from model.objective import predicted_latents, predicted_noise
 from model.randomness import stream
-from model.specs import PredictionType
+from model.specs import PredictionType, TimestepSpacing
 from model.unet import unet_input
-
-TimestepSpacing = Literal["leading", "trailing"]
 
 
 def noise_for(
@@ -54,11 +52,15 @@ def timesteps_for(
         num_inference_steps: how many, in [1, num_train_timesteps].
         num_train_timesteps: T.
         timestep_spacing: `leading`: 0, T//n, 2 T//n, … plus the offset, so the noisiest timestep is skipped (Stable
-            Diffusion); `trailing`: from T − 1 down, which a zero terminal SNR needs.
+            Diffusion); `trailing`: T/n apart from T − 1 down, which a zero terminal SNR needs.
         steps_offset: added to `leading` timesteps; 1 in Stable Diffusion.
 
     Returns:
-        strictly decreasing timesteps in [0, T).
+        exactly `num_inference_steps` strictly decreasing timesteps in [0, T). (For some numbers, 61 is the least,
+        diffusers' `trailing` has one more by a rounding error: timestep −1.)
+
+    Raises:
+        ValueError: there are not so many timesteps.
 
     Source: Lin et al. 2023 (arXiv 2305.08891), table 2; diffusers `DDIMScheduler.set_timesteps`.
     """
@@ -66,6 +68,7 @@ def timesteps_for(
         raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be from 1 to {num_train_timesteps}")
     if timestep_spacing == "trailing":
         spaced = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_inference_steps)) - 1
+        spaced = spaced[:num_inference_steps]  # arange's rounding may give one more
         return [int(t) for t in spaced]
     stride = num_train_timesteps // num_inference_steps
     spaced = np.arange(num_inference_steps)[::-1] * stride + steps_offset
@@ -98,27 +101,31 @@ def ddim_step(
             `set_alpha_to_one=False`), not 1: the latents keep the noise of timestep 0.
         prediction_type: what `prediction` means.
         alphas_cumprod: ᾱ, float64.
-        eta: 0 is deterministic, 1 has DDPM's variance.
+        eta: in [0, 1]: 0 is deterministic, 1 has DDPM's variance.
         fresh_noise: standard normal, needed when eta is above 0.
 
     Returns:
         x_prev, at least float32.
 
     Raises:
-        ValueError: eta above 0 without fresh noise.
+        ValueError: eta out of range, or above 0 without fresh noise; `epsilon` at a timestep without signal.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: it must be from 0 to 1")
     t = torch.full((len(noisy_latents),), timestep, device=noisy_latents.device)
     alphas_cumprod = alphas_cumprod.to(noisy_latents.device)
+    alpha, alpha_prev = float(alphas_cumprod[timestep]), float(alphas_cumprod[max(previous_timestep, 0)])
+    if alpha == 0 and prediction_type == "epsilon":
+        raise ValueError(f"prediction_type is 'epsilon', and timestep {timestep} has no signal: use 'v_prediction'")
     x0 = predicted_latents(prediction_type, prediction, noisy_latents, t, alphas_cumprod)
     noise = predicted_noise(prediction_type, prediction, noisy_latents, t, alphas_cumprod)
-    alpha, alpha_prev = float(alphas_cumprod[timestep]), float(alphas_cumprod[max(previous_timestep, 0)])
-    sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
-    latents = alpha_prev**0.5 * x0 + (1 - alpha_prev - sigma**2) ** 0.5 * noise
+    variance = eta**2 * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))  # σ²; squaring σ would round
+    latents = alpha_prev**0.5 * x0 + max(0.0, 1 - alpha_prev - variance) ** 0.5 * noise
     if eta == 0:
         return latents
     if fresh_noise is None:
         raise ValueError(f"eta is {eta}: above 0 each step needs fresh noise")
-    return latents + sigma * fresh_noise
+    return latents + variance**0.5 * fresh_noise
 
 
 @torch.no_grad()
@@ -139,6 +146,9 @@ def sample_inpainting(
     fresh_noise: Callable[[int], Tensor] | None = None,
 ) -> Float[Tensor, "batch c h w"]:
     """Repaints: from pure noise to latents, conditioned on the rest of the picture and the caption.
+
+    Each step goes T // n timesteps down, as diffusers' do: to the next timestep of the list, or, with `trailing` and an
+    n that does not divide T, to its neighbor.
 
     Guidance moves the prediction away from that of the empty caption; mask and masked image are the same on both
     branches and are never dropped. Latents outside the mask are not copied from the original: see `composite`.

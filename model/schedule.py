@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from model.specs import ScheduleSpec
+
 
 def betas(
     *, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
@@ -63,6 +65,16 @@ def alphas_cumprod(
     root = alpha_bar.sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return root**2
+
+
+def alphas_cumprod_of(schedule: ScheduleSpec) -> Float[Tensor, " T"]:
+    """ᾱ of a schedule, by `alphas_cumprod`."""
+    return alphas_cumprod(
+        num_train_timesteps=schedule.num_train_timesteps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        zero_terminal_snr=schedule.zero_terminal_snr,
+    )
 
 
 def snr(alphas_cumprod: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -12,6 +12,9 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 PREDICTION_TYPES: Final[tuple[str, ...]] = get_args(PredictionType)
 
+TimestepSpacing = Literal["leading", "trailing"]
+"""Which timesteps a sampler visits (Lin et al. 2023, table 2): see `model.sampler.timesteps_for`."""
+
 MASK_FAMILIES: Final[tuple[str, ...]] = (
     "full",
     "lama_medium_256",
@@ -27,6 +30,15 @@ MASK_FAMILIES: Final[tuple[str, ...]] = (
     "sd_512train_large",
 )
 """The mask generators that `model.masks.draw_mask` knows."""
+
+FULL_FAMILY: Final = "full"
+"""All ones."""
+
+USER_FAMILY: Final = "user"
+"""Masks that the user gives, as files: no generator, and not among `MASK_FAMILIES`."""
+
+LATENT_FACTOR: Final = 8
+"""Pixels per latent cell, along one side, of every Stable Diffusion VAE."""
 
 DTYPE_NUM_BYTES: Final[dict[str, int]] = {"float16": 2, "float32": 4}
 """Dtypes in which tensors are stored. bfloat16 is absent on purpose: 8 bits of mantissa cost 0.4 % on means."""
@@ -178,25 +190,39 @@ class TextSpec(_Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSpec(_Spec):
-    """Which masks were drawn: mask k of a sample is `draw_mask(family, resolution_px, seed, uid, k)`.
+    """Which masks were drawn: mask k of a sample is `draw_mask(family, resolution_px, seed, uid, k, p_full=p_full)`.
 
     Attributes:
-        family: one of `MASK_FAMILIES`.
+        family: one of `MASK_FAMILIES`, or `user`.
         resolution_px: side of the mask before it is taken to the latent grid.
         num_variants: masks per sample.
         seed: root of the randomness.
+        p_full: probability of an all-ones mask. Datasets hold 0, because the trainer draws those anew at each visit;
+            `sd_512train_large` with 0.25 is what Stable Diffusion's inpainting models were trained on.
+        files_sha256: of the user's masks, sorted; empty for all other families.
     """
 
     family: str
     resolution_px: int
     num_variants: int
     seed: int
+    p_full: float = 0.0
+    files_sha256: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.family not in MASK_FAMILIES:
-            raise ValueError(f"MaskSpec.family is {self.family!r}: choose one of {', '.join(MASK_FAMILIES)}")
+        object.__setattr__(self, "files_sha256", tuple(self.files_sha256))  # JSON has lists only
+        if self.family not in MASK_FAMILIES and self.family != USER_FAMILY:
+            known = ", ".join((*MASK_FAMILIES, USER_FAMILY))
+            raise ValueError(f"MaskSpec.family is {self.family!r}: choose one of {known}")
         if self.num_variants < 0:
             raise ValueError(f"MaskSpec.num_variants is {self.num_variants}: it cannot be negative")
+        if not 0 <= self.p_full <= 1:
+            raise ValueError(f"MaskSpec.p_full is {self.p_full}: a probability is in [0, 1]")
+        if (self.family == USER_FAMILY) != bool(self.files_sha256):
+            raise ValueError(
+                f"MaskSpec.files_sha256 has {len(self.files_sha256)} entries, and family is {self.family!r}: "
+                f"{USER_FAMILY!r} has one for each mask, the others have none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +241,11 @@ class ScheduleSpec(_Spec):
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_terminal_snr: bool = False
+
+    @property
+    def timestep_spacing(self) -> TimestepSpacing:
+        """How to sample a model of this schedule: `trailing` visits the last timestep, `leading` does not."""
+        return "trailing" if self.zero_terminal_snr else "leading"
 
 
 def _check_dtype(owner: str, dtype: str) -> None:

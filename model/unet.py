@@ -81,12 +81,20 @@ def widen_conv_in(unet: UNet2DConditionModel, in_channels: int = NUM_INPAINTING_
     assert narrow.bias is not None
     assert wide.bias is not None
     with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, : narrow.in_channels] = narrow.weight
+        wide.weight.copy_(widened(narrow.weight, in_channels))
         wide.bias.copy_(narrow.bias)
     unet.conv_in = wide
     unet.register_to_config(in_channels=in_channels)
     return unet
+
+
+def widened(
+    weight: Float[Tensor, "out narrow height width"], in_channels: int
+) -> Float[Tensor, "out wide height width"]:
+    """A convolution's weight for more input channels: copied for those that it had, zero for the new ones."""
+    wide = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
+    wide[:, : weight.shape[1]] = weight
+    return wide
 
 
 def unet_input(

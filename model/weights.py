@@ -6,43 +6,29 @@ guess wrong for a v-prediction inpainting model.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import diffusers
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor
 
+from model.compvis import clip_text_to_transformers
 from model.encoders import NUM_TOKENS, PAD_TOKEN_ID, TextEncoder
+from model.safetensors_writer import save_safetensors
 from model.specs import PREDICTION_TYPES, PredictionType, ScheduleSpec
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
 
 WEIGHTS_NAME: Final = "diffusion_pytorch_model.safetensors"
 START_TOKEN: Final = "<|startoftext|>"  # noqa: S105  # a word of the vocabulary
 END_TOKEN: Final = "<|endoftext|>"  # noqa: S105  # as above
-PAD_TOKEN: Final = "<|pad|>"  # noqa: S105  # as above
-"""A second name of id 0. The published SD2 tokenizer pads with "!", and so reads every "!" of a caption as padding."""
-
-_CHUNK_BYTES: Final = 1 << 20
-
-
-def save_safetensors(path: Path | str, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Writes tensors to one safetensors file, which appears whole or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        state_dict: tensors on any device, shared storage allowed (each is written in full).
-        dtype: what floating-point tensors are converted to; None leaves them.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    save_file({k: _detached(v, dtype) for k, v in state_dict.items()}, scratch, metadata={"format": "pt"})
-    os.replace(scratch, path)
+PAD_TOKEN: Final = "!"  # noqa: S105  # as above
+"""The word with id 0, as in the published SD2 tokenizer. That one reads a caption's "!" as padding; ours does not."""
 
 
 def export_diffusers(
@@ -85,7 +71,7 @@ def export_diffusers(
     save_safetensors(target / "unet" / WEIGHTS_NAME, unet.state_dict(), dtype=dtype)
     _copy_vae(Path(vae_dir), target / "vae")
     _write_text_encoder(target / "text_encoder", text_encoder, dtype)
-    _write_tokenizer(target / "tokenizer", text_encoder)
+    write_tokenizer(target / "tokenizer", text_encoder)
     _write_json(target / "scheduler" / "scheduler_config.json", _scheduler_config(prediction_type, schedule))
     shutil.copyfile(license_path, target / "LICENSE")
     (target / "README.md").write_text(model_card, encoding="utf-8")
@@ -101,31 +87,7 @@ def clip_text_state_dict(text_encoder: TextEncoder) -> dict[str, Tensor]:
         ValueError: a block has parameters that transformers' CLIP has not (layer scale, query norms, …).
     """
     clip = text_encoder.clip
-    converted = {
-        "text_model.embeddings.token_embedding.weight": clip.token_embedding.weight,
-        "text_model.embeddings.position_embedding.weight": clip.positional_embedding,
-        "text_model.final_layer_norm.weight": clip.ln_final.weight,
-        "text_model.final_layer_norm.bias": clip.ln_final.bias,
-    }
-    names = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    for index, block in enumerate(clip.transformer.resblocks[:-1]):
-        prefix = f"text_model.encoder.layers.{index}"
-        for key, value in block.state_dict().items():
-            part, _, kind = key.rpartition(".")
-            if key in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                for name, piece in zip("qkv", value.chunk(3), strict=True):
-                    converted[f"{prefix}.self_attn.{name}_proj.{key.rpartition('_')[2]}"] = piece
-            elif part in names:
-                converted[f"{prefix}.{names[part]}.{kind}"] = value
-            else:
-                raise ValueError(f"the text tower's {key} has no counterpart in transformers' CLIPTextModel")
-    return converted
+    return clip_text_to_transformers(clip.state_dict(), len(clip.transformer.resblocks) - 1)
 
 
 def _copy_vae(source: Path, target: Path) -> None:
@@ -137,12 +99,13 @@ def _copy_vae(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def _write_text_encoder(target: Path, text_encoder: TextEncoder, dtype: torch.dtype) -> None:
-    from transformers import CLIPTextConfig
+def text_encoder_config(text_encoder: TextEncoder) -> "CLIPTextConfig":
+    """The config of the transformers CLIPTextModel that holds `clip_text_state_dict`."""
+    from transformers import CLIPTextConfig  # here, not above: it costs seconds
 
     clip, model_cfg = text_encoder.clip, text_encoder.model_cfg
     block = clip.transformer.resblocks[0]
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         architectures=["CLIPTextModel"],
         vocab_size=clip.vocab_size,
         hidden_size=text_encoder.width,
@@ -159,27 +122,40 @@ def _write_text_encoder(target: Path, text_encoder: TextEncoder, dtype: torch.dt
         # Not the file's dtype: transformers would follow it, while diffusers loads the UNet in float32 unless told.
         dtype="float32",
     )
+
+
+def _write_text_encoder(target: Path, text_encoder: TextEncoder, dtype: torch.dtype) -> None:
     target.mkdir(parents=True)
-    config.save_pretrained(target)
+    text_encoder_config(text_encoder).save_pretrained(target)
     save_safetensors(target / "model.safetensors", clip_text_state_dict(text_encoder), dtype=dtype)
 
 
-def _write_tokenizer(target: Path, text_encoder: TextEncoder) -> None:
-    """Writes open_clip's byte pairs as a CLIPTokenizer that gives the same ids.
+def write_tokenizer(target: Path, text_encoder: TextEncoder) -> None:
+    """Writes open_clip's byte pairs as a CLIPTokenizer that gives the same ids to a clean caption.
 
-    It does not mend mojibake and HTML entities, as open_clip does before it splits a caption.
+    `split_special_tokens` keeps the names of special tokens in a caption ordinary text, as open_clip does: an
+    exclamation mark is no padding, `<|endoftext|>` no end.
+
+    transformers' CLIPTokenizer brings its own cleaning in code (lower case, single spaces) and ignores what a
+    `tokenizer.json` says of it. So it cannot be told to straighten quotes and to mend mojibake, ligatures, full-width
+    letters and HTML entities, as open_clip does first; the model card says how to do that before.
     """
     ids, merges = text_encoder.vocabulary()
     *_, start, end = sorted(ids, key=ids.__getitem__)
     vocabulary = {word: i for word, i in ids.items() if word not in (start, end)}
-    vocabulary |= {START_TOKEN: ids[start], END_TOKEN: ids[end], PAD_TOKEN: PAD_TOKEN_ID}
+    vocabulary |= {START_TOKEN: ids[start], END_TOKEN: ids[end]}
     special = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "unk_token": END_TOKEN, "pad_token": PAD_TOKEN}
     _write_json(target / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _write_json(target / "special_tokens_map.json", special)
     # Both files name the same pad token: the published SD2 tokenizer's disagree, and versions chose differently.
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": NUM_TOKENS, "do_lower_case": True}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": NUM_TOKENS,
+        "do_lower_case": True,
+        "split_special_tokens": True,
+    }
     _write_json(target / "tokenizer_config.json", config | special)
 
 
@@ -221,9 +197,3 @@ def _model_index() -> dict[str, Any]:
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _detached(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A CPU copy that shares no storage (safetensors refuses shared storage)."""
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(device="cpu", dtype=wanted, copy=True).contiguous()

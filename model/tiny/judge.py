@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.safetensors_writer import save_safetensors
 from model.tiny.corpus import TRAINING_SEED, render
 from model.tiny.world import COLORS, SHAPES, philox
-from model.weights import save_safetensors
 
 LOGGER = logging.getLogger(__name__)
 

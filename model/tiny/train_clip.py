@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.encoders import TextEncoder, compact_vocabulary
+from model.safetensors_writer import save_safetensors
 from model.tiny.corpus import TRAINING_SEED, Corpus, render
 from model.tiny.world import COLORS, SHAPES
-from model.weights import save_safetensors
 
 LOGGER = logging.getLogger(__name__)
 

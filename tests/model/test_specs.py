@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from model.specs import SD2_UNET_CONFIG, LatentSpec, MaskSpec, ScheduleSpec, TextSpec
+from model.specs import SD2_UNET_CONFIG, SD2_VAE_CONFIG, LatentSpec, MaskSpec, ScheduleSpec, TextSpec
 
 SPECS = [
     LatentSpec(resolution_px=512, scaling_factor=0.18215, weights_sha256="ab"),
@@ -46,6 +46,12 @@ def test_published_sizes():
         (lambda: TextSpec(width=8, dtype="bfloat16", weights_sha256=""), "TextSpec.dtype is 'bfloat16'"),
         (lambda: MaskSpec(family="lama", resolution_px=64, num_variants=1, seed=0), "MaskSpec.family is 'lama'"),
         (lambda: MaskSpec(family="full", resolution_px=64, num_variants=-1, seed=0), "num_variants is -1"),
+        (lambda: MaskSpec(family="full", resolution_px=64, num_variants=1, seed=0, p_full=-0.1), "p_full is -0.1"),
+        (lambda: MaskSpec(family="user", resolution_px=64, num_variants=1, seed=0), "files_sha256 has 0 entries"),
+        (
+            lambda: MaskSpec(family="full", resolution_px=64, num_variants=1, seed=0, files_sha256=("a",)),
+            "files_sha256 has 1 entries, and family is 'full'",
+        ),
     ],
 )
 def test_bad_values_name_the_field(make, message):
@@ -58,12 +64,28 @@ def test_specs_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_full_size_unet_has_the_published_number_of_parameters():
+def test_full_size_models_have_the_published_numbers_of_parameters():
+    """On the meta device: shapes without memory."""
     import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from open_clip.factory import get_model_config
+    from open_clip.model import CLIP
 
     from model.unet import build_unet
 
+    def num_parameters(*modules: torch.nn.Module | None) -> int:
+        return sum(parameter.numel() for module in modules if module for parameter in module.parameters())
+
     with torch.device("meta"):
-        unet = build_unet(SD2_UNET_CONFIG)
-    num_parameters = sum(p.numel() for p in unet.parameters())
-    assert num_parameters == pytest.approx(865.93e6, abs=0.01e6)
+        unet, base = build_unet(SD2_UNET_CONFIG), build_unet(SD2_UNET_CONFIG | {"in_channels": 4})
+        vae = AutoencoderKL(**SD2_VAE_CONFIG)
+        clip = CLIP(**get_model_config("ViT-H-14"))  # pyright: ignore[reportCallIssue]  # None for an unknown name only
+    assert num_parameters(unet) == 865_925_124
+    assert num_parameters(unet) - num_parameters(base) == 320 * 5 * 3 * 3
+    assert num_parameters(vae) == 83_653_863
+    assert num_parameters(vae.encoder, vae.quant_conv) == 34_163_664
+    assert num_parameters(vae.decoder, vae.post_quant_conv) == 49_490_199
+    text = {name: p.numel() for name, p in clip.named_parameters() if not name.startswith("visual.")}
+    assert sum(text.values()) == 354_032_641
+    unused = ("transformer.resblocks.23.", "text_projection", "logit_scale")
+    assert sum(n for name, n in text.items() if not name.startswith(unused)) == 340_387_840

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model.encoders import TextEncoder, load_text_encoder
+from model.safetensors_writer import save_safetensors
 from model.specs import ScheduleSpec
 from model.unet import widen_conv_in
-from model.weights import export_diffusers, save_safetensors
+from model.weights import export_diffusers
 
 CAPTIONS = ["", "a photo of a cat", "wow! it's 3 dogs ?!", "! ! !!!", "naïve 漢字 🎉", "WORD " * 100, "a  b\tc"]
 
@@ -122,6 +123,19 @@ def test_weights_are_named_as_released_pipelines_name_them(export):
     keys = load_file(export() / "text_encoder" / "model.safetensors").keys()
     assert all(key.startswith("text_model.") for key in keys)
     assert not any(key.startswith("text_model.encoder.layers.2.") for key in keys)  # the third block is left out
+
+
+def test_a_tower_that_came_without_its_last_block_gives_the_same_text_encoder(text_dir, export, tmp_path):
+    """The last block serves nothing here; bases out of Stable Diffusion's own files lack it, and the projection."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(text_dir / "open_clip_config.json", bare / "open_clip_config.json")
+    unused = ("visual.", "transformer.resblocks.2.", "text_projection", "logit_scale")
+    state = load_file(text_dir / "open_clip_model.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith(unused)}, bare / "open_clip_model.safetensors")
+    whole, partial = export("whole"), export("partial", text_encoder=load_text_encoder(bare))
+    for name in ("model.safetensors", "config.json"):
+        assert (whole / "text_encoder" / name).read_bytes() == (partial / "text_encoder" / name).read_bytes()
 
 
 def test_zero_terminal_snr_is_in_the_scheduler(export):
