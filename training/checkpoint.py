@@ -36,7 +36,8 @@ from infra.bundles import (
 from infra.channels import read_channel
 from infra.errors import ContractError, TransientError
 from infra.storage import ObjectNotFoundError, ObjectStore
-from model.weights import WEIGHTS_NAME, save_safetensors
+from model.safetensors_writer import save_safetensors
+from model.weights import WEIGHTS_NAME
 from training.ema import Ema
 from training.runspec import checkpoint_prefix, checkpoints_prefix, step_of
 

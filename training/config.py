@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from preprocessing.contracts.config import NOT_IN_DIGEST, Config, MaskFamily
+from model.specs import ScheduleSpec
+from preprocessing.contracts.config import IN_DIGEST_IF_SET, NOT_IN_DIGEST, Config, MaskFamily
 
 
 class TrainConfig(Config):
@@ -12,6 +13,21 @@ class TrainConfig(Config):
 
     prediction_type: Literal["epsilon", "v_prediction"] = Field(
         description="What the UNet learns to predict; no default on purpose."
+    )
+    zero_terminal_snr: bool = Field(
+        default=False,
+        description="Rescale the noise schedule so that its last timestep is pure noise (Lin et al. 2023). Stable "
+        "Diffusion 2 did not; with v_prediction only; sampling then takes 'trailing' timesteps, which the exported "
+        "scheduler says, and programs that read a single file do not know.",
+        json_schema_extra=IN_DIGEST_IF_SET,
+    )
+    min_snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weigh the loss by min-SNR-gamma (Hang et al. 2023, with 5); null: every timestep alike, as Stable "
+        "Diffusion 2. With v_prediction and 5 the mean weight is 0.29, and the noisiest timesteps, which decide what "
+        "fills a big hole, get almost none: 0.005 at the last.",
+        json_schema_extra=IN_DIGEST_IF_SET,
     )
     mask_source: Literal["cached"] = Field(
         description="'cached': the K mask variants of the dataset; no default on purpose."
@@ -51,6 +67,20 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_signal(self) -> "TrainConfig":
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "train.zero_terminal_snr: true does not go with prediction_type 'epsilon', which says nothing of the "
+                "picture at a timestep without signal; set train.prediction_type to 'v_prediction', or this to false"
+            )
+        return self
+
+    @property
+    def schedule(self) -> ScheduleSpec:
+        """The noise schedule: Stable Diffusion's, with a zero terminal SNR if so configured."""
+        return ScheduleSpec(zero_terminal_snr=self.zero_terminal_snr)
+
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro batches a process takes before each optimizer step."""
@@ -68,7 +98,7 @@ class ValidationConfig(Config):
     num_object_samples: int = Field(
         default=0, ge=0, description="Demo world only: pictures with one whole object hidden, for prompt-following."
     )
-    num_inference_steps: int = Field(default=50, ge=1, le=1000)
+    num_inference_steps: int = Field(default=50, ge=1, le=999)
     guidance_scale: float = Field(default=7.5, ge=1)
     batch_size: int = Field(default=32, ge=1)
     num_grid_rows: int = Field(default=8, ge=1, le=64)
@@ -84,4 +114,16 @@ class PublishConfig(Config):
     stable_min: dict[str, float] = Field(
         default_factory=dict,
         description="`stable` moves only if each named metric of the report's `summary` is at least this.",
+    )
+    single_file: bool = Field(
+        default=True,
+        description="Beside diffusers/, all weights in one .safetensors with CompVis' keys, and its .yaml.",
+    )
+    dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="Of the weights in the files; float16 halves them."
+    )
+    base_model: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
+        description="For the model card: the base's name on the Hugging Face hub, stabilityai/stable-diffusion-2-base.",
     )

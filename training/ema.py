@@ -1,9 +1,17 @@
 """The moving average of the UNet's weights: what is validated and published."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from model.base_weights import EMA_NAME
+from model.unet import widened
+from model.weight_files import open_weights
+
+_CONV_IN = "conv_in.weight"
 
 
 class Ema:
@@ -57,3 +65,33 @@ class Ema:
         for name, value in self._average.items():
             value.copy_(state[name])
         self.num_updates = num_updates
+
+
+def start_average(unet: nn.Module, decay: float, folder: Path) -> Ema:
+    """The average that a training starts with: the base's own if it has one, else equal to the weights.
+
+    Args:
+        unet: What is trained, widened already.
+        decay: The average's final decay.
+        folder: The base's ``unet_ema/``, which may be absent. A narrower first convolution is widened as the UNet's
+            was. ``ema.json`` says how often it was updated; where it does not know, the warm-up counts as over: an
+            average that is replaced by the weights within ten steps need not have been loaded.
+
+    Raises:
+        ValueError: The average is of another UNet.
+    """
+    ema = Ema(unet, decay)
+    if not folder.is_dir():
+        return ema
+    with open_weights(folder / "diffusion_pytorch_model.safetensors") as weights:
+        state = dict(weights)  # mapped, not read
+        wanted = ema.state_dict()[_CONV_IN]
+        if _CONV_IN in state and state[_CONV_IN].shape[1] < wanted.shape[1]:
+            state[_CONV_IN] = widened(state[_CONV_IN], wanted.shape[1])
+        wrong = [key for key, value in ema.state_dict().items() if key in state and state[key].shape != value.shape]
+        if wrong:
+            raise ValueError(f"{folder}: {wrong[0]} is {list(state[wrong[0]].shape)}: the average is of another UNet")
+        num_updates = json.loads((folder / EMA_NAME).read_text(encoding="utf-8"))["num_updates"]
+        warmed_up = max(0, round((10 * decay - 1) / (1 - decay)))
+        ema.load_state_dict(state, warmed_up if num_updates is None else num_updates)
+    return ema

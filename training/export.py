@@ -14,26 +14,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from infra.bundles import BundleManifest, commit_bundle, find_bundle, load_bundle
 from infra.channels import ChannelPointer, MayReplace, move_channel, pointer_to, read_channel
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
-from model.encoders import load_text_encoder
+from model.base_weights import BASE_NAME
+from model.encoders import CLIP_CONFIG_NAME, load_text_encoder, load_vae
+from model.single_file import export_single_file, ldm_gaps
 from model.weights import export_diffusers
 from preprocessing.contracts.digests import weights_sha256
-from preprocessing.contracts.manifest import Manifest
 from training.child import emit, run_as_child
 from training.config import PublishConfig
 from training.heldout import read_manifest
 from training.inpainting import load_ema_unet
+from training.licenses import recognize_license
+from training.model_card import Lineage, model_card
+from training.runspec import step_name
 from training.runspec_validation import ExportSpec
 
 LOGGER = logging.getLogger(__name__)
 
-TEMPLATES: Final = Path(__file__).with_name("templates")
-NO_LICENSE: Final = (
+LICENSE_NAME: Final = "LICENSE"
+NO_LICENSE_TEXT: Final = (
     "NO LICENSE CAME WITH THE BASE WEIGHTS.\n\n"
     "The folder of the base weights held no LICENSE file. Find out under which terms they may be used and passed on\n"
     "before you use or pass on these weights, which are derived from them.\n"
@@ -75,40 +80,21 @@ def export(spec: ExportSpec, scratch: Path, on_progress: Callable[[str], None] |
 
 
 def _make(store: ObjectStore, spec: ExportSpec, summary: Mapping[str, float], scratch: Path) -> None:
-    base = spec.model.directory
     folder = scratch / "export"
     folder.mkdir()
-    license_path = base / "LICENSE"
-    has_license = license_path.is_file()
-    if not has_license:
-        LOGGER.warning("%s: %s", license_path, NO_LICENSE.splitlines()[0])
+    unet = load_ema_unet(store, spec.checkpoint_prefix, scratch)
+    lineage = _lineage(store, spec, unet.config)
+    license_path = spec.model.directory / LICENSE_NAME
+    if not lineage.license.is_there:
+        LOGGER.warning("%s: %s", license_path, NO_LICENSE_TEXT.splitlines()[0])
         license_path = scratch / "NO_LICENSE"
-        license_path.write_text(NO_LICENSE, encoding="utf-8")
-    manifests = [read_manifest(store, prefix) for prefix in spec.dataset_prefixes]
-    weights = {name: weights_sha256(base / name) for name in ("unet", "vae", "open_clip")}
-    card = model_card(spec, manifests, weights, summary, has_license=has_license)
-    export_diffusers(
-        folder / "diffusers",
-        unet=load_ema_unet(store, spec.checkpoint_prefix, scratch),
-        vae_dir=base / "vae",
-        text_encoder=load_text_encoder(base / "open_clip", load_image_tower=False),
-        prediction_type=spec.train.prediction_type,
-        license_path=license_path,
-        model_card=card,
-    )
+        license_path.write_text(NO_LICENSE_TEXT, encoding="utf-8")
+    name = f"{spec.run_id}-{step_name(spec.step)}.safetensors" if spec.config.single_file else None
+    card = model_card(spec, lineage, summary, single_file=name)
+    _write_weights(folder, spec, lineage, unet, license_path, card, name)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(license_path, folder / "LICENSE")
-    determined_by = {
-        "run_id": spec.run_id,
-        "step": spec.step,
-        "checkpoint": spec.checkpoint_prefix,
-        "report": spec.report_prefix,
-        "datasets": {manifest.stage: manifest.digest for manifest in manifests},
-        "base": spec.model.base,
-        "base_weights_sha256": weights,
-        "train": spec.train.model_dump(mode="json"),
-        "publish": spec.config.model_dump(mode="json"),
-    }
+    shutil.copyfile(license_path, folder / LICENSE_NAME)
+    determined_by = _determined_by(spec, lineage)
     (folder / "config.json").write_text(json.dumps(determined_by, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "report.json").write_bytes(store.read(f"{spec.report_prefix}/report.json"))
     commit_bundle(
@@ -120,57 +106,91 @@ def _make(store: ObjectStore, spec: ExportSpec, summary: Mapping[str, float], sc
         step=spec.step,
         metadata={
             "prediction_type": spec.train.prediction_type,
+            "zero_terminal_snr": spec.train.schedule.zero_terminal_snr,
             "checkpoint": spec.checkpoint_prefix,
             "report": spec.report_prefix,
             "datasets": determined_by["datasets"],
-            "has_license": has_license,
+            "license": lineage.license.id,
+            "has_license": lineage.license.is_there,
+            "single_file": name,
             "summary": dict(summary),
         },
     )
 
 
-def model_card(
+def _lineage(store: ObjectStore, spec: ExportSpec, unet_config: Mapping[str, Any]) -> Lineage:
+    base = spec.model.directory
+    record = base / BASE_NAME
+    text_cfg = json.loads((base / "open_clip" / CLIP_CONFIG_NAME).read_text("utf-8"))["model_cfg"]["text_cfg"]
+    return Lineage(
+        manifests=[read_manifest(store, prefix) for prefix in spec.dataset_prefixes],
+        weights={name: weights_sha256(base / name) for name in ("unet", "vae", "open_clip")},
+        base=json.loads(record.read_text("utf-8")) if record.is_file() else {},
+        license=recognize_license(base / LICENSE_NAME),
+        gaps=ldm_gaps(unet_config, load_vae(base / "vae").config, text_width=text_cfg["width"]),
+    )
+
+
+def _write_weights(
+    folder: Path,
     spec: ExportSpec,
-    manifests: list[Manifest],
-    weights: Mapping[str, str],
-    summary: Mapping[str, float],
-    *,
-    has_license: bool,
-) -> str:
-    """The model card, in Markdown: what it is, what it was made from, how to load it, what it cannot do.
-
-    Args:
-        spec: What is published.
-        manifests: Of the datasets, in the order in which they were made.
-        weights: sha256 of each part of the base.
-        summary: Of the validation report.
-        has_license: Whether the base came with a licence.
-    """
-    environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML: strings from outside go through `code`
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    lineage: Lineage,
+    unet: UNet2DConditionModel,
+    license_path: Path,
+    card: str,
+    single_file: str | None,
+) -> None:
+    base = spec.model.directory
+    shared: dict[str, Any] = {
+        "unet": unet,
+        "vae_dir": base / "vae",
+        "prediction_type": spec.train.prediction_type,
+        "schedule": spec.train.schedule,
+        "dtype": {"float32": torch.float32, "float16": torch.float16}[spec.config.dtype],
+    }
+    export_diffusers(
+        folder / "diffusers",
+        text_encoder=load_text_encoder(base / "open_clip", load_image_tower=False),
+        license_path=license_path,
+        model_card=card,
+        **shared,
     )
-    environment.filters["code"] = _code
-    return environment.get_template("model_card.md.j2").render(
-        spec=spec,
-        base_name=spec.model.directory.name if spec.model.base != "tiny" else "tiny",
-        train=spec.train.model_dump(mode="json"),
-        manifests=manifests,
-        weights=weights,
-        summary=summary,
-        has_license=has_license,
-        resolution_px=next((m.specs["latents"]["resolution_px"] for m in manifests if "latents" in m.specs), 512),
-    )
+    if single_file is not None:
+        export_single_file(
+            folder / single_file,
+            text_dir=base / "open_clip",
+            resolution_px=lineage.latents.get("resolution_px"),
+            metadata=_header(spec, lineage),
+            **shared,
+        )
 
 
-def _code(value: object) -> str:
-    """A value as a Markdown code span, in which nothing is markup."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.replace("`", "'").replace("|", "¦").split())
-    return f"`{text}`" if text else "–"
+def _header(spec: ExportSpec, lineage: Lineage) -> dict[str, str]:
+    """What the single file's header says of where it came from."""
+    return {
+        "modelspec.title": f"{spec.run_id}, step {spec.step}",
+        "modelspec.license": lineage.license.name,
+        "lacuna.run_id": spec.run_id,
+        "lacuna.step": str(spec.step),
+        "lacuna.datasets": json.dumps({m.stage: m.digest for m in lineage.manifests}, sort_keys=True),
+        "lacuna.base_weights_sha256": json.dumps(dict(lineage.weights), sort_keys=True),
+    }
+
+
+def _determined_by(spec: ExportSpec, lineage: Lineage) -> dict[str, Any]:
+    return {
+        "run_id": spec.run_id,
+        "step": spec.step,
+        "checkpoint": spec.checkpoint_prefix,
+        "report": spec.report_prefix,
+        "datasets": {manifest.stage: manifest.digest for manifest in lineage.manifests},
+        "base": spec.model.base,
+        "base_record": dict(lineage.base),
+        "base_weights_sha256": dict(lineage.weights),
+        "license": lineage.license.id,
+        "train": spec.train.model_dump(mode="json"),
+        "publish": spec.config.model_dump(mode="json"),
+    }
 
 
 def _load_report(store: ObjectStore, spec: ExportSpec) -> BundleManifest:
@@ -201,7 +221,10 @@ def check_metrics(config: PublishConfig, summary: Mapping[str, float]) -> None:
         asked["publish.best_metric"] = config.best_metric
     for field, name in asked.items():
         if name not in summary:
-            raise ValueError(f"{field}: the report has no metric {name!r}; choose one of {', '.join(sorted(summary))}")
+            why = " (the base's text encoder has no image tower)" if name.endswith("text_similarity") else ""
+            raise ValueError(
+                f"{field}: the report has no metric {name!r}{why}; choose one of {', '.join(sorted(summary))}"
+            )
 
 
 def _move(store: ObjectStore, spec: ExportSpec, name: str, summary: Mapping[str, float]) -> str:

@@ -27,8 +27,8 @@ from model.encoders import (
 )
 from model.masks import to_latent_mask
 from model.sampler import noise_for, sample_inpainting
-from model.schedule import alphas_cumprod
-from model.specs import PredictionType
+from model.schedule import alphas_cumprod_of
+from model.specs import PredictionType, ScheduleSpec, TimestepSpacing
 from model.unet import load_unet
 from preprocessing.contracts.config import ModelConfig
 from training.config import ValidationConfig
@@ -57,8 +57,9 @@ class Inpainter:
     Args:
         unet: Nine channels in, four out.
         vae: Of the latents.
-        text: Of the captions; with its image tower.
+        text: Of the captions; with its image tower, if the base has one.
         prediction_type: What the UNet predicts.
+        schedule: The noise schedule that it was trained on.
         config: Steps, guidance, batch size and seed.
         device: Where to run.
 
@@ -73,6 +74,7 @@ class Inpainter:
         text: TextEncoder,
         *,
         prediction_type: PredictionType,
+        schedule: ScheduleSpec,
         config: ValidationConfig,
         device: str = "cpu",
     ) -> None:
@@ -89,7 +91,8 @@ class Inpainter:
         self.unet, self.vae, self.text = unet.to(device).eval(), vae.to(device), text.to(device)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling_factor = float(vae.config.scaling_factor)
-        self.alphas_cumprod = alphas_cumprod()
+        self.alphas_cumprod = alphas_cumprod_of(schedule)
+        self._timestep_spacing: TimestepSpacing = schedule.timestep_spacing
         self.prediction_type: PredictionType = prediction_type
         self._config = config
         self._device = device
@@ -133,6 +136,7 @@ class Inpainter:
             guidance_scale=self._config.guidance_scale,
             prediction_type=self.prediction_type,
             alphas_cumprod=self.alphas_cumprod,
+            timestep_spacing=self._timestep_spacing,
         )
         return pixels_to_images(decode_latents(self.vae, latents, self.scaling_factor).cpu()).numpy()
 
@@ -160,6 +164,9 @@ class Inpainter:
 
         Returns:
             (batch,) float64 in [-1, 1], by the text encoder's own image tower.
+
+        Raises:
+            ValueError: The base's text encoder has none (``text.compares`` is false).
         """
         crops = [self._hole_pixels(image, mask) for image, mask in zip(images, masks, strict=True)]
         cosines = []
@@ -183,6 +190,7 @@ def load_inpainter(
     model: ModelConfig,
     *,
     prediction_type: PredictionType,
+    schedule: ScheduleSpec,
     config: ValidationConfig,
     scratch: Path,
 ) -> Inpainter:
@@ -200,6 +208,7 @@ def load_inpainter(
         load_vae(model.directory / "vae", device),
         load_text_encoder(model.directory / "open_clip", device=device),
         prediction_type=prediction_type,
+        schedule=schedule,
         config=config,
         device=device,
     )

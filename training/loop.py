@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from infra.errors import GateError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
-from model.schedule import alphas_cumprod
+from model.schedule import alphas_cumprod_of
 from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
 from training.checkpoint import Checkpoints, TrainingState, load_checkpoint
 from training.child import emit
 from training.compatibility import check_specs
 from training.data import TrainingDataset, open_dataset
-from training.ema import Ema
+from training.ema import Ema, start_average
 from training.engine import World, build_engine, init_distributed, learning_rate_at, set_learning_rate
+from training.loss_tally import describe, tally
 from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix
 from training.step import StepLoss, draw, training_loss
 
@@ -34,6 +35,7 @@ LOGGER = logging.getLogger(__name__)
 _EMIT_EVERY_S = 1.0
 _MIN_TIMEOUT_S = 1800.0
 _MAX_UIDS_IN_MESSAGE = 20
+_TALLY_EVERY_STEPS = 50
 
 
 def run_training(run: RunSpec, workdir: Path, world: World) -> dict[str, Any] | None:
@@ -72,7 +74,7 @@ def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
     if unet.config["in_channels"] != NUM_INPAINTING_CHANNELS:
         widen_conv_in(unet)
     torch.nn.Module.to(unet, world.device).train()
-    ema = Ema(unet, run.train.ema_decay) if world.is_first else None
+    ema = start_average(unet, run.train.ema_decay, run.model.directory / "unet_ema") if world.is_first else None
     engine = build_engine(unet, run.train)
     digest = run_digest(run.train, run.model, dataset.manifest.digest)
     if world.is_first:
@@ -100,7 +102,8 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         train = self.run.train
-        self.alphas_cumprod = alphas_cumprod().to(self.world.device)
+        self.alphas_cumprod = alphas_cumprod_of(train.schedule).to(self.world.device)
+        self.tally: Tensor | None = None  # since the last line that told it; starts anew at every checkpoint
         self.progress = _Progress(train.num_steps, train.global_batch_size)
         self.metrics = _Metrics(
             self.workdir / "metrics.jsonl", self.store, f"{run_prefix(self.run.run_id)}/metrics.jsonl"
@@ -136,8 +139,7 @@ class _Trainer:
         loss = None
         while self.step < train.num_steps:
             loss, is_stopping = self._take_step(interrupted)
-            is_due = self.step % train.checkpoint_every_steps == 0 or self.step == train.num_steps
-            if is_due or is_stopping:
+            if self._is_checkpoint_due() or is_stopping:
                 self._save()
             if is_stopping and self.step < train.num_steps:
                 raise KeyboardInterrupt
@@ -178,8 +180,8 @@ class _Trainer:
             Its loss over the global batch, and whether any rank was told to stop.
         """
         train = self.run.train
-        losses, uids = self._forward_backward()
-        loss, is_stopping = self._agree(losses, uids, interrupted)
+        results, uids = self._forward_backward()
+        loss, is_stopping = self._agree(results, uids, interrupted)
         learning_rate = learning_rate_at(train, self.step)
         set_learning_rate(self.engine, learning_rate)
         self.engine.step()
@@ -189,13 +191,23 @@ class _Trainer:
         self.step += 1
         if self.world.is_first:
             speed = self.progress.note(self.step, loss)
-            self.metrics.append(
-                step=self.step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, images_per_s=speed
-            )
+            line = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "images_per_s": speed}
+            self.metrics.append(step=self.step, **line, **self._told_tally(is_stopping))
         return loss, is_stopping
 
-    def _forward_backward(self) -> tuple[Tensor, tuple[str, ...]]:
-        """Runs this rank's share of the global batch; returns one loss a sample, and their uids."""
+    def _is_checkpoint_due(self) -> bool:
+        return self.step % self.run.train.checkpoint_every_steps == 0 or self.step == self.run.train.num_steps
+
+    def _told_tally(self, is_stopping: bool) -> Mapping[str, Any]:
+        """What is known of the loss's origin, every so many steps, and at a checkpoint: there is then none to save."""
+        if self.step % _TALLY_EVERY_STEPS and not self._is_checkpoint_due() and not is_stopping:
+            return {}
+        assert self.tally is not None
+        told, self.tally = self.tally, None
+        return describe(told, len(self.alphas_cumprod))
+
+    def _forward_backward(self) -> tuple[list[StepLoss], tuple[str, ...]]:
+        """Runs this rank's share of the global batch; returns its micro batches' losses, and the samples' uids."""
         train = self.run.train
         batch = self.dataset.batch_at(
             self.step,
@@ -204,14 +216,14 @@ class _Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        losses = []
+        results = []
         for start in range(0, len(batch), train.micro_batch_size):
             result = self._loss_of(start, start + train.micro_batch_size, batch)
             self.engine.backward(result.loss)
-            losses.append(result.per_sample)
+            results.append(result)
             if start + train.micro_batch_size < len(batch):
                 self.engine.step()  # within accumulation: only counts
-        return torch.cat(losses), batch.uids
+        return results, batch.uids
 
     def _loss_of(self, start: int, stop: int, batch: Any) -> StepLoss:
         train, latents = self.run.train, self.dataset.specs.latents
@@ -234,14 +246,29 @@ class _Trainer:
             scaling_factor=latents.scaling_factor,
             alphas_cumprod=self.alphas_cumprod,
             device=self.world.device,
+            min_snr_gamma=train.min_snr_gamma,
         )
 
-    def _agree(self, losses: Tensor, uids: tuple[str, ...], interrupted: "_Interrupted") -> tuple[float, bool]:
-        """One small all-reduce: the mean loss, whether it is finite everywhere, whether to stop."""
-        sums = torch.stack([losses.double().sum(), (~losses.isfinite()).sum().double()]).to(losses.device)
-        sums = torch.cat([sums, sums.new_tensor([float(interrupted.is_set)])])
+    def _agree(
+        self, results: Sequence[StepLoss], uids: tuple[str, ...], interrupted: "_Interrupted"
+    ) -> tuple[float, bool]:
+        """One small all-reduce: the mean loss, its origin, whether it is finite everywhere, whether to stop."""
+        losses = torch.cat([result.per_sample for result in results])
+        weights = torch.cat([result.weights for result in results])
+        step_tally = tally(
+            losses,
+            torch.cat([result.timesteps for result in results]),
+            torch.cat([result.is_full_mask for result in results]),
+            len(self.alphas_cumprod),
+        )
+        total, num_bad = (weights * losses).double().sum(), (~losses.isfinite()).sum().double()
+        own = torch.stack([total, num_bad, total.new_tensor(float(interrupted.is_set))])
+        sums = torch.cat([own, step_tally.flatten()])
         dist.all_reduce(sums)
-        total, num_bad, num_interrupted = sums.tolist()
+        step_tally = sums[len(own) :].reshape(step_tally.shape)
+        if self.world.is_first:
+            self.tally = step_tally if self.tally is None else self.tally + step_tally
+        total, num_bad, num_interrupted = sums[: len(own)].tolist()
         if num_bad:
             bad = [uid for uid, loss in zip(uids, losses.tolist(), strict=True) if not math.isfinite(loss)]
             self._stop_at_non_finite("the loss", bad)

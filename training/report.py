@@ -265,18 +265,19 @@ def method_table(by_method: Mapping[str, Any]) -> list[TableRow]:
     contenders = ("model", "mean_fill", "telea")
     best = {}
     for key in formats:
-        values = [by_method[method][key] for method in contenders]
-        best[key] = min(values) if key in _LOWER_IS_BETTER else max(values)
+        values = [by_method[method][key] for method in contenders if key in by_method[method]]
+        if values:
+            best[key] = min(values) if key in _LOWER_IS_BETTER else max(values)
     rows = []
     for method, label in _METHOD_LABELS.items():
         figures = by_method.get(method)
-        if figures is None:
+        if not figures:
             continue
         cells = []
         for key, pattern in formats.items():
             value = figures.get(key)
             text = "" if value is None else pattern.format(value)
-            cells.append((text, method in contenders and value == best[key]))
+            cells.append((text, value is not None and method in contenders and value == best[key]))
         rows.append(TableRow(label, tuple(cells)))
     return rows
 

@@ -33,7 +33,8 @@ def run_digest(train: TrainConfig, model: ModelConfig, dataset_digest: str) -> s
 
     Args:
         train: How to train.
-        model: The weights to start from; only the UNet's count here, the encoders' are in the dataset's digest.
+        model: The weights to start from; only the UNet's and its average's count here, the encoders' are in the
+            dataset's digest.
         dataset_digest: The encoded dataset's.
 
     Returns:
@@ -41,9 +42,10 @@ def run_digest(train: TrainConfig, model: ModelConfig, dataset_digest: str) -> s
     """
     config: dict[str, Any] = train.digest_fields()
     config.pop("dataset")  # where it lies does not matter, and what it holds is in its digest
-    return digest_of(
-        "train", TRAIN_VERSION, config, [dataset_digest], {"unet": weights_sha256(model.directory / "unet")}
-    )
+    weights = {"unet": weights_sha256(model.directory / "unet")}
+    if (model.directory / "unet_ema").is_dir():
+        weights["unet_ema"] = weights_sha256(model.directory / "unet_ema")
+    return digest_of("train", TRAIN_VERSION, config, [dataset_digest], weights)
 
 
 def run_id_of(recipe: str, digest: str) -> str:

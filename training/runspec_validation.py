@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 from infra.bundles import find_bundle
 from infra.storage import ObjectStore
+from model.specs import ScheduleSpec
 from preprocessing.contracts.config import Config, ModelConfig
 from preprocessing.contracts.digests import digest_of
 from training.config import PublishConfig, TrainConfig, ValidationConfig
 from training.runspec import export_prefix, validation_prefix
 
-VALIDATION_VERSION = 1
+VALIDATION_VERSION = 2
 """Raised by hand whenever the code's result changes."""
 
 
@@ -24,6 +25,7 @@ class ValidationSpec(Config):
         dataset_prefix: Key of the encoded dataset's folder; only rows of its validation split are read.
         model: Where the VAE and the text encoder are.
         prediction_type: What the UNet predicts.
+        schedule: The noise schedule that it was trained on.
         config: How to validate.
     """
 
@@ -34,6 +36,7 @@ class ValidationSpec(Config):
     dataset_prefix: str
     model: ModelConfig
     prediction_type: Literal["epsilon", "v_prediction"]
+    schedule: ScheduleSpec
     config: ValidationConfig
 
     @property
@@ -42,6 +45,7 @@ class ValidationSpec(Config):
         determined_by: dict[str, Any] = {
             "config": self.config.digest_fields(),
             "prediction_type": self.prediction_type,
+            "schedule": self.schedule.to_json(),
             "base": self.model.base,
         }
         return digest_of("validation", VALIDATION_VERSION, determined_by, [self.checkpoint_prefix, self.dataset_prefix])

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from model.encoders import sample_latents
-from model.objective import add_noise, per_sample_loss, target
+from model.objective import add_noise, min_snr_weights, per_sample_loss, target
 from model.randomness import stream
 from model.specs import PredictionType
 from model.unet import unet_input
@@ -48,14 +48,18 @@ class StepLoss:
     """What a batch cost.
 
     Attributes:
-        loss: Mean over the batch; what is differentiated.
-        per_sample: (batch,), detached.
+        loss: Mean over the batch of weight × loss; what is differentiated.
+        per_sample: (batch,), mean squared errors over the whole latents, unweighted, detached.
+        weights: (batch,), all ones without min-SNR-γ.
         timesteps: (batch,).
+        is_full_mask: (batch,), where the UNet saw a mask of all ones, drawn now or stored.
     """
 
     loss: Float[Tensor, ""]
     per_sample: Float[Tensor, " batch"]
+    weights: Float[Tensor, " batch"]
     timesteps: Int[Tensor, " batch"]
+    is_full_mask: Bool[Tensor, " batch"]
 
 
 @runtime_checkable
@@ -141,8 +145,9 @@ def training_loss(
     scaling_factor: float,
     alphas_cumprod: Float[Tensor, " T"],
     device: torch.device,
+    min_snr_gamma: float | None = None,
 ) -> StepLoss:
-    """The loss of a batch: mean squared error of the prediction, over the whole latent, unweighted.
+    """The loss of a batch: mean squared error of the prediction, over the whole latent: the mask does not weight it.
 
     The mask and the masked latents are conditioning: they are neither noised nor dropped.
 
@@ -155,9 +160,10 @@ def training_loss(
         scaling_factor: The VAE's.
         alphas_cumprod: ᾱ, float64, on `device`.
         device: Where the UNet is.
+        min_snr_gamma: γ of the loss weights by timestep; None weighs every timestep alike.
 
     Returns:
-        Its mean, with gradient; and one loss a sample.
+        The mean, with gradient; and, sample by sample, what it was made of.
     """
     mask, masked_moments = with_full_masks(
         batch.mask.to(device),
@@ -179,4 +185,8 @@ def training_loss(
         return_dict=False,
     )[0]
     losses = per_sample_loss(prediction, target(prediction_type, latents, noise, timesteps, alphas_cumprod))
-    return StepLoss(losses.mean(), losses.detach(), timesteps)
+    weights = torch.ones_like(losses)
+    if min_snr_gamma is not None:
+        weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, min_snr_gamma)
+    is_full_mask = (mask > 0.5).flatten(start_dim=1).all(dim=1)
+    return StepLoss((weights * losses).mean(), losses.detach(), weights, timesteps, is_full_mask)

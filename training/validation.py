@@ -18,7 +18,7 @@ import torch
 
 from infra.bundles import commit_bundle, find_bundle, load_bundle
 from infra.storage import open_store
-from model.masks import draw_mask
+from model.masks import draw_masks
 from model.objective import add_noise, per_sample_loss, target
 from model.sampler import noise_for
 from model.unet import unet_input
@@ -26,6 +26,7 @@ from preprocessing.contracts.manifest import Manifest
 from training.child import emit, run_as_child
 from training.heldout import HeldOutPicture, HeldOutRows
 from training.inpainting import Inpainter, load_inpainter, mean_fill, telea_fill
+from training.loss_tally import NUM_LOSS_BUCKETS
 from training.metrics import masked_l1, masked_psnr_db, masked_ssim
 from training.report import write_report
 from training.runspec_validation import ValidationSpec
@@ -36,7 +37,6 @@ LOGGER = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 METRICS: Final = {"masked_psnr_db": masked_psnr_db, "masked_ssim": masked_ssim, "masked_l1": masked_l1}
 METHODS: Final = ("model", "mean_fill", "telea")
-NUM_LOSS_BUCKETS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,12 @@ def validate(spec: ValidationSpec, scratch: Path, on_progress: Progress | None =
         spec.checkpoint_prefix,
         spec.model,
         prediction_type=spec.prediction_type,
+        schedule=spec.schedule,
         config=spec.config,
         scratch=scratch,
     )
+    if not inpainter.text.compares:
+        LOGGER.warning("the base's text encoder came without its image tower; image_text_similarity is left out")
     pictures = rows.choose(spec.config.num_samples, "validation")
     families = []
     for index, family in enumerate(spec.config.mask_families):
@@ -98,7 +101,11 @@ def validate(spec: ValidationSpec, scratch: Path, on_progress: Progress | None =
         notify("prompt-following", 0, 1)
         objects = _object_test(spec, inpainter, rows, judge_folder)
     notify("loss", 0, 1)
-    losses = held_out_loss(inpainter, pictures, families[-1].masks, spec.config.seed, spec.config.batch_size)
+    masks = families[-1].masks
+    losses = {
+        kind: held_out_loss(inpainter, pictures, hole, spec.config.seed, spec.config.batch_size)
+        for kind, hole in (("partial", masks), ("full", np.ones_like(masks)))
+    }
     report = assemble_report(spec, rows.manifest, pictures, families, objects, losses)
     folder = scratch / "report"
     write_report(folder, report, pictures, families, objects, num_rows=spec.config.num_grid_rows)
@@ -132,13 +139,14 @@ def validate_family(inpainter: Inpainter, pictures: Sequence[HeldOutPicture], fa
     Returns:
         For each method the three metrics inside the hole, and the cosine between the caption and the square around it.
         ``original`` has the cosine only. ``shuffled`` is the model with another picture's caption, its cosine taken
-        with the true caption, and as ``shuffled_given`` with the one that it was given. ``model`` has also
+        with the true caption, and as ``shuffled_given`` with the one that it was given; a text encoder that cannot
+        compare pictures with captions gives no cosines. ``model`` has also
         ``known_region_l1``: how far the decoder's picture is from the original outside the hole, before composition.
     """
     images = np.stack([picture.image for picture in pictures])
-    masks = np.stack([draw_mask(family, images.shape[1], seed, picture.uid, 0) for picture in pictures])
     captions = [picture.caption for picture in pictures]
     uids = [picture.uid for picture in pictures]
+    masks = draw_masks(family, images.shape[1], seed, uids, 0)
     repainted = inpainter.repaint(images, masks, captions, uids, family)
     made = {
         "original": images,
@@ -154,9 +162,10 @@ def validate_family(inpainter: Inpainter, pictures: Sequence[HeldOutPicture], fa
         report[name] = (
             {} if name == "original" else {key: float(f(result, images, masks).mean()) for key, f in METRICS.items()}
         )
-        similarity = inpainter.image_text_similarity(result, masks, captions)
-        report[name]["image_text_similarity"] = float(similarity.mean())
-    if given is not None:
+        if inpainter.text.compares:
+            similarity = inpainter.image_text_similarity(result, masks, captions)
+            report[name]["image_text_similarity"] = float(similarity.mean())
+    if given is not None and inpainter.text.compares:
         similarity = inpainter.image_text_similarity(made["shuffled"], masks, given)
         report["shuffled_given"] = {"image_text_similarity": float(similarity.mean())}
     known = masks.all(axis=(1, 2)) == 0
@@ -186,7 +195,9 @@ def deranged(captions: Sequence[str]) -> list[str] | None:
 def held_out_loss(
     inpainter: Inpainter, pictures: Sequence[HeldOutPicture], masks: np.ndarray, seed: int, batch_size: int
 ) -> dict[str, float]:
-    """The training loss on held-out pictures, at one fixed timestep in the middle of each quarter of the schedule.
+    """The unweighted loss on held-out pictures, at one fixed timestep in the middle of each bucket of the schedule.
+
+    The same pictures, masks and noise whatever the checkpoint, so that figures of two checkpoints can be compared.
 
     Args:
         inpainter: The model.
@@ -196,11 +207,11 @@ def held_out_loss(
         batch_size: Pictures at once.
 
     Returns:
-        ``t_0125`` and so on → mean squared error of the prediction.
+        ``t_0050`` and so on → mean squared error of the prediction.
     """
     alphas = inpainter.alphas_cumprod
-    quarter = len(alphas) // NUM_LOSS_BUCKETS
-    timesteps = [quarter * bucket + quarter // 2 for bucket in range(NUM_LOSS_BUCKETS)]
+    width = len(alphas) // NUM_LOSS_BUCKETS
+    timesteps = [width * bucket + width // 2 for bucket in range(NUM_LOSS_BUCKETS)]
     losses: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
     for start in range(0, len(pictures), batch_size):
         batch, part = pictures[start : start + batch_size], masks[start : start + batch_size]
@@ -226,7 +237,7 @@ def assemble_report(
     pictures: Sequence[HeldOutPicture],
     families: Sequence[FamilyTest],
     objects: ObjectTest | None,
-    losses: dict[str, float],
+    losses: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """Puts the figures together as ``report.json`` holds them; ``summary`` is flat, and what channels are moved by."""
     by_method = {
@@ -238,17 +249,19 @@ def assemble_report(
     for method in METHODS[1:]:
         summary |= {f"{method}_{key}": value for key, value in by_method[method].items()}
         summary[f"psnr_gain_over_{method}_db"] = summary["masked_psnr_db"] - by_method[method]["masked_psnr_db"]
-    summary["original_image_text_similarity"] = by_method["original"]["image_text_similarity"]
-    if "shuffled" in by_method:
-        summary["shuffled_image_text_similarity"] = by_method["shuffled"]["image_text_similarity"]
-    summary["validation_loss"] = float(np.mean(list(losses.values())))
+    for method in ("original", "shuffled"):
+        if "image_text_similarity" in by_method.get(method, {}):
+            summary[f"{method}_image_text_similarity"] = by_method[method]["image_text_similarity"]
+    summary["validation_loss"] = float(np.mean(list(losses["partial"].values())))
+    summary["full_mask_validation_loss"] = float(np.mean(list(losses["full"].values())))
     if objects is not None:
         conditions = objects.report["conditions"]
         summary |= {key: value for key, value in conditions["model"].items() if key.endswith("_agreement")}
         for method in ("model", *METHODS[1:], "shuffled", "original"):
             prefix = "object" if method == "model" else f"{method}_object"
             for key in ("image_text_similarity", "hole_text_similarity"):
-                summary[f"{prefix}_{key}"] = conditions[method][key]
+                if key in conditions[method]:
+                    summary[f"{prefix}_{key}"] = conditions[method][key]
         summary["shuffled_object_agreement"] = conditions["shuffled"]["object_agreement"]
         summary["shuffled_given_object_agreement"] = conditions["shuffled_given"]["object_agreement"]
         summary["original_object_agreement"] = conditions["original"]["object_agreement"]
@@ -269,7 +282,7 @@ def assemble_report(
         "by_method": by_method,
         "by_mask": {family.name: {"num_samples": family.num_samples, **family.report} for family in families},
         "baselines": {method: by_method[method] for method in METHODS[1:]},
-        "validation_loss": losses,
+        "loss_by_timestep": losses,
         "prompt_following": None if objects is None else objects.report,
         "uids": [picture.uid for picture in pictures],
     }

@@ -151,7 +151,7 @@ def run_object_test(
     there; and, as ``shuffled_given``, those of the shuffled pictures with the object that the caption they were given
     names. ``original`` is the judge's own accuracy. All but the last also have two mean cosines, by the text encoder's
     own image tower: ``image_text_similarity`` of the whole picture with its caption, and ``hole_text_similarity`` of
-    the square around the hole with the caption of that square alone.
+    the square around the hole with the caption of that square alone; not where the text encoder lacks that tower.
 
     Args:
         inpainter: The model.
@@ -199,6 +199,8 @@ def _similarities(
     inpainter: Inpainter, images: np.ndarray, masks: np.ndarray, hidden: Sequence[HiddenObject]
 ) -> dict[str, float]:
     captions = [one.picture.caption for one in hidden]
+    if not inpainter.text.compares:
+        return {}
     of_pictures = inpainter.image_text_similarity(images, np.ones_like(masks), captions)
     of_holes = inpainter.image_text_similarity(images, masks, [_hole_caption(one) for one in hidden])
     return {"image_text_similarity": float(of_pictures.mean()), "hole_text_similarity": float(of_holes.mean())}

@@ -25,7 +25,7 @@ from training.config import TrainConfig
 from training.runspec import RunSpec, run_digest, run_id_of
 
 # Before its first import: the shapes of every signature are checked on every call.
-install_import_hook("training.step", "beartype.beartype")
+install_import_hook(["training.step", "training.loss_tally"], "beartype.beartype")
 
 WIDTH = 16
 RESOLUTION_PX = 32

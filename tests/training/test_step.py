@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from model.schedule import alphas_cumprod
@@ -66,9 +67,11 @@ def test_replacements_touch_only_the_chosen_samples():
     assert text.flatten(1).mean(1).tolist() == [0, 3]
 
 
-def test_loss_is_the_formula():
+@pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_loss_is_the_formula(zero_terminal_snr: bool, min_snr_gamma: float | None):
     torch.manual_seed(0)
-    alpha_bar = alphas_cumprod()
+    alpha_bar = alphas_cumprod(zero_terminal_snr=zero_terminal_snr)
     batch = Batch(
         uids=tuple(UIDS[:6]),
         moments=torch.randn(6, 8, 4, 4).half(),
@@ -93,14 +96,17 @@ def test_loss_is_the_formula():
         scaling_factor=0.18215,
         alphas_cumprod=alpha_bar,
         device=torch.device("cpu"),
+        min_snr_gamma=min_snr_gamma,
     )
-    expected = []
+    expected, weights = [], []
     for i in range(6):
         mean, logvar = batch.moments[i].double().chunk(2)
         x0 = 0.18215 * (mean + (logvar / 2).exp() * draws.posterior_noise[i].double())
         a, s = alpha_bar[draws.timesteps[i]].sqrt(), (1 - alpha_bar[draws.timesteps[i]]).sqrt()
         noise = draws.noise[i].double()
         expected.append(((a * noise - s * x0) ** 2).mean())
+        ratio = (a / s) ** 2
+        weights.append(torch.ones(()) if min_snr_gamma is None else ratio.clamp(max=min_snr_gamma) / (ratio + 1))
         assert torch.allclose(seen["sample"][i, :4].double(), a * x0 + s * noise, atol=1e-5)
         is_full, drops = bool(draws.is_full_mask[i]), bool(draws.drops_text[i])
         assert torch.equal(seen["sample"][i, 4:5], torch.ones(1, 4, 4) if is_full else batch.mask[i])
@@ -112,4 +118,29 @@ def test_loss_is_the_formula():
     assert 0 < int(draws.is_full_mask.sum()) < 6, "the test must see both kinds"
     assert 0 < int(draws.drops_text.sum()) < 6, "the test must see both kinds"
     assert torch.allclose(result.per_sample.double(), torch.stack(expected), rtol=1e-5)
-    assert torch.allclose(result.loss.double(), torch.stack(expected).mean(), rtol=1e-5)
+    assert torch.allclose(result.weights.double(), torch.stack(weights).double(), rtol=1e-5)
+    weighted = torch.stack(expected) * torch.stack(weights).double()
+    assert torch.allclose(result.loss.double(), weighted.mean(), rtol=1e-5), (
+        "a mean over the batch, not over the weights"
+    )
+    assert torch.equal(result.timesteps, draws.timesteps)
+    assert torch.equal(result.is_full_mask, draws.is_full_mask)
+    assert not result.per_sample.requires_grad
+
+
+def test_a_stored_mask_of_all_ones_is_a_full_mask_too():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 1, 4, 4)
+    mask[1, 0, 3, 3] = 0
+    moments = torch.zeros(2, 8, 4, 4)
+    result = training_loss(
+        lambda sample, timestep, **kwargs: (sample[:, :4],),
+        Batch(tuple(UIDS[:2]), moments, moments, mask, torch.zeros(2, 77, 5)),
+        _draw(UIDS[:2], full_mask=0.0),
+        Constants(torch.zeros(77, 5), torch.zeros(8, 4, 4)),
+        prediction_type="epsilon",
+        scaling_factor=1.0,
+        alphas_cumprod=alphas_cumprod(),
+        device=torch.device("cpu"),
+    )
+    assert result.is_full_mask.tolist() == [True, False]

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infra.bundles import fetch_bundle, list_bundles
 from infra.errors import ContractError, GateError
 from infra.storage import ObjectStore
+from model.schedule import alphas_cumprod
+from model.unet import load_unet, widen_conv_in
+from training.data import open_dataset
 from training.launch import train
+from training.loss_tally import describe, tally
 from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_prefix, step_of
+from training.step import draw, training_loss
 
 MakeRun = Callable[..., RunSpec]
 LONG = {"num_steps": 30, "checkpoint_every_steps": 10, "learning_rate": 3e-3, "global_batch_size": 16}
@@ -68,6 +74,11 @@ def _stop_after_first_checkpoint(run: RunSpec, folder: Path, number: signal.Sign
         return driver.wait()
 
 
+def _tallies(store: ObjectStore, run: RunSpec) -> list[dict[str, Any]]:
+    names = ("step", "loss_by_timestep", "loss_by_mask")
+    return [{name: line[name] for name in names} for line in _metrics(store, run) if "loss_by_mask" in line]
+
+
 def test_two_processes_learn_and_a_killed_run_ends_the_same(make_run: MakeRun, store: ObjectStore, tmp_path: Path):
     run = make_run(num_processes=2, **LONG)
     events: list[dict[str, Any]] = []
@@ -79,6 +90,15 @@ def test_two_processes_learn_and_a_killed_run_ends_the_same(make_run: MakeRun, s
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [10, 20, 30]
     assert events[-1]["event"] == "done"
     whole = _weights(store, run)
+    tallies = _tallies(store, run)
+    assert [line["step"] for line in tallies] == [10, 20, 30]
+    for i, line in enumerate(tallies):
+        mean = sum(losses[10 * i : 10 * (i + 1)]) / 10
+        for groups in (line["loss_by_timestep"].values(), line["loss_by_mask"].values()):
+            assert sum(group["num_samples"] for group in groups) == 10 * 16, "of both ranks"
+            total = sum(group["mean"] * group["num_samples"] for group in groups if group["num_samples"])
+            assert total / 160 == pytest.approx(mean, rel=1e-12)
+        assert 10 < line["loss_by_mask"]["full"]["num_samples"] < 80
 
     again = train(run, workdir=tmp_path / "again", on_event=events.append)
     assert (again.was_done, again.checkpoint_prefix) == (True, result.checkpoint_prefix)
@@ -92,6 +112,7 @@ def test_two_processes_learn_and_a_killed_run_ends_the_same(make_run: MakeRun, s
     assert events[0]["event"] == "resumed"
     assert events[0]["step"] in (10, 20)
     assert [line["loss"] for line in _metrics(store, run)] == losses
+    assert _tallies(store, run) == tallies
     assert _weights(store, run) == whole
 
 
@@ -120,6 +141,44 @@ def test_interrupted_run_leaves_a_checkpoint_and_a_damaged_one_is_passed_over(
     assert "CHECKPOINT DAMAGED" in (tmp_path / "resumed" / "rank-0.log").read_text()
     assert _weights(store, run) == whole
     assert len(_metrics(store, run)) == 30
+
+
+def test_the_configured_objective_is_the_one_that_is_trained(make_run: MakeRun, store: ObjectStore, tmp_path: Path):
+    """The first step of a run with min-SNR-γ and a zero terminal SNR, against the same loss taken here."""
+    run = make_run(num_steps=1, micro_batch_size=8, min_snr_gamma=5.0, zero_terminal_snr=True)
+    train(run, workdir=tmp_path / "work", on_event=lambda _: None)
+    (line,) = _metrics(store, run)
+
+    dataset = open_dataset(store, run.dataset_prefix, tmp_path / "cache")
+    batch = dataset.batch_at(0, seed=run.train.seed, global_batch_size=8, rank=0, world_size=1)
+    latents = dataset.specs.latents
+    draws = draw(
+        batch.uids,
+        seed=run.train.seed,
+        step=0,
+        latent_shape=(latents.channels, latents.latent_px, latents.latent_px),
+        num_timesteps=1000,
+        text_dropout=run.train.text_dropout,
+        full_mask=run.train.full_mask,
+    )
+    expected = training_loss(
+        widen_conv_in(load_unet(run.model.directory / "unet")),
+        batch,
+        draws,
+        dataset.constants,
+        prediction_type="v_prediction",
+        scaling_factor=latents.scaling_factor,
+        alphas_cumprod=alphas_cumprod(zero_terminal_snr=True),
+        device=torch.device("cpu"),
+        min_snr_gamma=5.0,
+    )
+    assert line["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    told = describe(tally(expected.per_sample, expected.timesteps, expected.is_full_mask, 1000), 1000)
+    for name in ("loss_by_timestep", "loss_by_mask"):
+        for group, figures in told[name].items():
+            assert line[name][group]["num_samples"] == figures["num_samples"]
+            assert line[name][group]["mean"] == (figures["mean"] and pytest.approx(figures["mean"], rel=1e-5))
+    assert line["loss"] < 0.9 * expected.per_sample.mean().item(), "what is told by timestep is not weighted"
 
 
 def _before(step: int) -> int:

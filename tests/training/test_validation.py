@@ -74,7 +74,14 @@ def test_report_says_everything_for_every_method(report: dict[str, Any]):
     assert report["prompt_following"]["chance"] == pytest.approx(1 / 48)
     assert report["prompt_following"]["num_samples"] == 6
     assert all(0 <= share <= 1 for figures in conditions.values() for share in figures.values())
-    assert set(report["validation_loss"]) == {"t_0125", "t_0375", "t_0625", "t_0875"}
+    timesteps = {f"t_{t:04d}" for t in range(50, 1000, 100)}
+    assert {kind: set(losses) for kind, losses in report["loss_by_timestep"].items()} == {
+        "partial": timesteps,
+        "full": timesteps,
+    }
+    assert report["summary"]["validation_loss"] == pytest.approx(
+        np.mean(list(report["loss_by_timestep"]["partial"].values()))
+    )
 
 
 def test_second_validation_finds_the_first(

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from infra.bundles import commit_bundle
 from infra.storage import ObjectStore, sha256_of_file
 from model.crop import central_square
+from model.specs import ScheduleSpec
 from model.tiny.world import draw, scene_at
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.digests import uid_of
@@ -120,5 +121,6 @@ def make_spec(store: ObjectStore, dataset: str, checkpoint: str, model: ModelCon
         dataset_prefix=dataset,
         model=model,
         prediction_type="v_prediction",
+        schedule=ScheduleSpec(),
         config=ValidationConfig(**(fields | config)),
     )
