@@ -149,7 +149,7 @@ def _run_flow(
         root = absolute_root(root)
         if verb in ("pipeline", "prepare", "refresh"):
             preflight(config, root)
-        else:
+        elif config.model.find_directory() is not None:  # else the flow converts the base first, and then looks
             find_dataset(config, open_store(root))
         with prefect_server(root, debug=debug), listening():
             result: BaseModel = getattr(importlib.import_module(f"flows.{verb}"), verb)(config, root, **options)

@@ -10,12 +10,14 @@ from flows.store import dataset_at, read_manifest
 from infra.bundles import find_bundle, list_bundles
 from infra.errors import TransientError
 from infra.storage import ObjectStore, open_store
+from preprocessing.contracts.bases import is_in_place
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from training.compatibility import check_specs, parse_specs
 from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_digest, run_id_of, step_of
 from training.runspec_validation import ExportSpec, ValidationSpec
 
 if TYPE_CHECKING:
+    from preprocessing.base_weights import BaseState
     from preprocessing.stage import Stage
 
 DATA_STAGES = ("select", "download", "encode")
@@ -103,7 +105,7 @@ def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedSt
     found: list[PlannedStage] = []
     parent: Manifest | None = None
     for name in DATA_STAGES:
-        if found and parent is None:
+        if (found and parent is None) or (name == "encode" and config.model.find_directory() is None):
             found.append(PlannedStage(name, None, None))
             continue
         prefix = dataset_prefix(name, data_stage(name, config, store, parent).digest)
@@ -187,6 +189,7 @@ def validation_spec(config: PipelineConfig, root: str, trained: TrainSummary) ->
         dataset_prefix=trained.dataset_prefix,
         model=config.model,
         prediction_type=config.train.prediction_type,
+        schedule=config.train.schedule,
         config=config.validation,
     )
 
@@ -229,14 +232,19 @@ def make_plan(config: PipelineConfig, root: str) -> Plan:
     Raises:
         ValueError: Something that can be checked beforehand is wrong.
     """
+    from preprocessing.base_weights import look_up_base
+
     store = open_store(root)
     stages = look_up_stages(config, store)
-    steps = [_data_step(stage) for stage in stages]
-    steps += _model_steps(config, root, store, stages[-1])
-    source = "the demo world" if config.source.is_demo else ", ".join(config.source.metadata)
+    base = look_up_base(config.model)
+    steps = [] if is_in_place(config.model.source) else [PlannedStep("base", base.is_ready, base.detail)]
+    steps += [_data_step(stage, base) for stage in stages]
+    steps += _model_steps(config, root, store, stages[-1], base)
+    source = "the demo world" if config.source.is_demo else ", ".join(config.source.patterns)
     checks = (
         f"metadata readable: {source}",
-        f"model files there: {config.model.directory}",
+        f"model files there: {base.detail if base.is_ready else config.model.base}"
+        + (f" (sha256 {base.sha256})" if base.sha256 else ""),
         f"store readable: {store.uri}",
     )
     return Plan(tuple(steps), checks, tuple(_estimates(config, stages)))
@@ -260,15 +268,21 @@ def preflight(config: PipelineConfig, root: str) -> Plan:
     return plan
 
 
-def _data_step(stage: PlannedStage) -> PlannedStep:
+def _data_step(stage: PlannedStage, base: "BaseState") -> PlannedStep:
     if stage.manifest is not None:
         return PlannedStep(
             stage.name, True, f"{stage.manifest.num_out} of {stage.manifest.num_in} rows, {stage.prefix}"
         )
-    return PlannedStep(stage.name, False, stage.prefix or "its digest is known once its parent is done")
+    unknown = f"its digest is known once {'its parent is done' if base.is_ready else 'the base is converted'}"
+    return PlannedStep(stage.name, False, stage.prefix or unknown)
 
 
-def _model_steps(config: PipelineConfig, root: str, store: ObjectStore, encoded: PlannedStage) -> list[PlannedStep]:
+def _model_steps(
+    config: PipelineConfig, root: str, store: ObjectStore, encoded: PlannedStage, base: "BaseState"
+) -> list[PlannedStep]:
+    if not base.is_ready:
+        after = "base" if config.train.dataset is not None else "encode"
+        return [PlannedStep(name, False, f"after {after}") for name in ("train", "validate", "publish")]
     if config.train.dataset is not None:
         prefix, manifest = find_dataset(config, store)
     elif encoded.prefix is None or encoded.manifest is None:

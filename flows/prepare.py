@@ -17,6 +17,7 @@ def prepare(config: PipelineConfig | str, root: str = "var/store") -> PrepareRes
         root: The object store's root.
     """
     config, root = resolve(config), absolute_root(root)
+    tasks.ensure_base(config)
     selected = tasks.select(config, root)
     downloaded = tasks.download(config, root, selected.prefix)
     encoded = tasks.encode(config, root, downloaded.prefix)

@@ -26,5 +26,6 @@ def publish(
         validation: Its report.
     """
     config, root = resolve(config), absolute_root(root)
+    tasks.ensure_base(config)
     trained = trained or find_trained(config, root)
     return tasks.publish(config, root, trained, validation or validate(config, root, trained))

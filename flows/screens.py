@@ -208,7 +208,8 @@ def _validation_line(result: ValidationSummary) -> str:
         parts.append(f"what the caption names appears: {agreement}")
         key = "object_hole_text_similarity"
         values = [f"{label} {found[prefix + key]:.3g}" for label, prefix in _METHODS if prefix + key in found]
-        parts.append(f"hidden object, image-text similarity in the hole: {', '.join(values)}")
+        if values:
+            parts.append(f"hidden object, image-text similarity in the hole: {', '.join(values)}")
     head = _was_done(result.was_done, f"step {result.step}", result.seconds)
     return "\n".join([_line("measured", head), *(f"{'':<12} {part}" for part in parts)])
 

@@ -51,6 +51,31 @@ _RETRIED: dict[str, Any] = {
 }
 
 
+@task(name="base", tags={"data"}, **_RETRIED)
+def base(config: PipelineConfig) -> None:
+    """Fetches and converts the base weights, in a process of its own."""
+    from preprocessing.base_weights import resolve_base
+
+    started = time.monotonic()
+    progress = artifacts.ProgressArtifact("base", listener())
+    folder = resolve_base(config.model, lambda what: progress.advance(0, 1, what))
+    progress.finish(_done_text(False, f"{config.model.base} is now {folder}", time.monotonic() - started))
+
+
+def ensure_base(config: PipelineConfig) -> None:
+    """Makes the base weights ready, as a task of their own if there is anything to do.
+
+    Raises:
+        ValueError: They cannot be used, or are not those of the pin.
+    """
+    from preprocessing.base_weights import resolve_base
+
+    if config.model.find_directory() is None:
+        base(config)
+    else:
+        resolve_base(config.model)  # no more than checks
+
+
 @task(name="select", tags={"data"}, **_RETRIED)
 def select(config: PipelineConfig, root: str) -> StageSummary:
     """Selects rows of the metadata."""

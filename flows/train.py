@@ -20,6 +20,7 @@ def train(config: PipelineConfig | str, root: str = "var/store", dataset: str | 
         dataset: Key of an encoded dataset's folder; by default the one that the config names or makes.
     """
     config, root = resolve(config), absolute_root(root)
+    tasks.ensure_base(config)
     if dataset is None or config.train.dataset is not None:
         dataset, _ = find_dataset(config, open_store(root))
     return tasks.train(config, root, dataset)

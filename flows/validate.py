@@ -21,4 +21,5 @@ def validate(
         trained: The checkpoint; by default the newest one of the config's run.
     """
     config, root = resolve(config), absolute_root(root)
+    tasks.ensure_base(config)
     return tasks.validate(config, root, trained or find_trained(config, root))

@@ -5,6 +5,7 @@ encoded here, K a row, and training needs no VAE. Nothing random that belongs to
 draws, caption dropout, noise and the full mask are drawn at train time.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import GateError
 from infra.storage import ObjectStore
-from model.specs import LatentSpec, MaskSpec, TextSpec
+from model.specs import USER_FAMILY, LatentSpec, MaskSpec, TextSpec
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.digests import digest_of, weights_sha256
 from preprocessing.contracts.manifest import Manifest, Split, dataset_prefix
@@ -31,21 +32,23 @@ if TYPE_CHECKING:  # torch costs seconds, which a run that finds everything done
     from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  # diffusers exports lazily
 
     from model.encoders import TextEncoder
+    from model.mask_bank import MaskBank
 
-STAGE_VERSION: Final = 1
+STAGE_VERSION: Final = 2
 CONSTANTS_NAME: Final = "constants.safetensors"
 SPLITS: Final[tuple[Split, ...]] = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen models of this stage, and what their outputs are."""
+    """The frozen models of this stage, and what their outputs are; the bank of masks where the user gives them."""
 
     vae: "AutoencoderKL"
     text: "TextEncoder"
     latent_spec: LatentSpec
     text_spec: TextSpec
     mask_spec: MaskSpec
+    mask_bank: "MaskBank | None" = None
 
     @property
     def schema(self) -> pa.Schema:
@@ -143,7 +146,7 @@ def _tensors(
     import torch
 
     from model.encoders import encode_moments, images_to_pixels
-    from model.masks import draw_mask, pack_mask, to_latent_mask
+    from model.masks import draw_masks_of, to_latent_mask
 
     latent, spec = encoders.latent_spec, encoders.mask_spec
     pixels = images_to_pixels(crops)
@@ -157,10 +160,9 @@ def _tensors(
         "text_embeddings": encoders.text.embed_captions(captions).cpu().numpy().astype(np.float16),
     }
     for k in range(spec.num_variants):
-        masks = [draw_mask(spec.family, latent.resolution_px, spec.seed, uid, k) for uid in uids]
-        known = torch.from_numpy(1 - np.stack(masks)).unsqueeze(1)
-        packed = b"".join(pack_mask(to_latent_mask(mask, latent.factor)) for mask in masks)
-        tensors[f"mask_{k}"] = np.frombuffer(packed, dtype=np.uint8).reshape(len(masks), -1)
+        masks = draw_masks_of(spec, uids, k, encoders.mask_bank)
+        known = torch.from_numpy(1 - masks).unsqueeze(1)
+        tensors[f"mask_{k}"] = np.packbits(to_latent_mask(masks, latent.factor).reshape(len(masks), -1), axis=1)
         tensors[f"masked_moments_{k}"] = moments_of(pixels * known)
     return tensors
 
@@ -203,10 +205,32 @@ class EncodeStage:
     def _weights(self) -> dict[str, str]:
         return {name: weights_sha256(self._directory / name) for name in ("vae", "open_clip")}
 
+    @cached_property
+    def _mask_bank(self) -> "MaskBank | None":
+        """The user's masks."""
+        if self._config.mask_family != USER_FAMILY:
+            return None
+        from model.mask_bank import MaskBank
+        from preprocessing.mask_files import read_mask_files
+
+        files = read_mask_files(self._config.mask_files)
+        try:
+            return MaskBank(
+                [file.pixels for file in files],
+                self._config.resolution_px,
+                files_sha256=[file.sha256 for file in files],
+                names=[file.name for file in files],
+            )
+        except ValueError as error:
+            raise ValueError(f"encode.mask_files: {error}") from error
+
     @property
     def digest(self) -> str:
-        """sha256 of what determines the result."""
-        return digest_of(self.name, self.version, self.config, [self._downloaded.digest], self._weights)
+        """sha256 of what determines the result: of the user's masks, what the files hold, not what they are called."""
+        inputs = dict(self._weights)
+        if self._mask_bank is not None:
+            inputs["masks"] = hashlib.sha256("\n".join(self._mask_bank.files_sha256).encode()).hexdigest()
+        return digest_of(self.name, self.version, self.config, [self._downloaded.digest], inputs)
 
     @property
     def parents(self) -> dict[str, str]:
@@ -253,7 +277,9 @@ class EncodeStage:
                 resolution_px=resolution_px,
                 num_variants=self._config.num_mask_variants,
                 seed=self._config.mask_seed,
+                files_sha256=() if self._mask_bank is None else self._mask_bank.files_sha256,
             ),
+            self._mask_bank,
         )
 
     def specs(self) -> dict[str, dict[str, Any]]:

@@ -56,7 +56,7 @@ def test_a_recipe_names_its_runs(with_base: list[str], tmp_path: Path) -> None:
         ("train.num_steps=[", "--set: the value in 'train.num_steps=[' is not YAML"),
         ("train.global_batch_size=7", "train.global_batch_size: 7 is not a multiple"),
         ("download.allow_networks=[loopback]", "download.allow_networks: 'loopback' does not appear to be"),
-        ("model.base=/no/such/folder", "model.base: '/no/such/folder' has no unet/config.json"),
+        ("model.base=/no/such/folder", "model.base: '/no/such/folder' is not there"),
     ],
 )
 def test_errors_are_one_clear_line(with_base: list[str], override: str, message: str) -> None:
@@ -105,16 +105,17 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_is_valid_and_explains_itself(with_base: list[str]) -> None:
-    assert {"demo", "sd2-inpaint-512"} <= set(recipe_names())
+    assert {"demo", "sd2-inpaint-256", "sd2-inpaint-512"} <= set(recipe_names())
     for name in recipe_names():
         load_config(name, with_base)
         header = (Path(__file__).parents[2] / f"flows/recipes/{name}.yaml").read_text()
         assert all(f"# {word}:" in header for word in ("Purpose", "Command", "Expect"))
 
 
-def test_the_real_recipe_wants_weights() -> None:
+@pytest.mark.parametrize("recipe", ["sd2-inpaint-256", "sd2-inpaint-512"])
+def test_the_real_recipes_want_weights(recipe: str) -> None:
     with pytest.raises(ValueError, match=r"^model\.base: '/path/to/"):
-        load_config("sd2-inpaint-512")
+        load_config(recipe)
 
 
 def test_a_shown_config_can_be_given_back(with_base: list[str]) -> None:

@@ -16,6 +16,7 @@ from infra.storage import ObjectStore, open_store
 from model.crop import central_square
 from model.encoders import encode_moments, images_to_pixels
 from model.masks import draw_mask, to_latent_mask, unpack_mask
+from model.specs import MaskSpec
 from model.tiny.world import draw, scene_at
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.digests import is_held_out, uid_of
@@ -23,6 +24,7 @@ from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import DOWNLOADED
 from preprocessing.encode import EncodeStage, check_gate, encode_rows
+from preprocessing.mask_files import read_mask_files
 from preprocessing.stage import RowsFile, ShardOutput, commit_shard, rejects_table, run_stage
 
 NO_REJECTS = rejects_table([], [], [], [])
@@ -245,3 +247,95 @@ def test_the_gate_wants_rows_on_both_sides(manifest: Manifest):
         check_gate(lopsided, 0.01)
     with pytest.raises(GateError, match="no row of 0 is left to train on"):
         check_gate(manifest.model_copy(update={"shards": ()}), 0)
+
+
+def _mask_file(path: Path, columns: slice) -> None:
+    pixels = np.zeros((48, 96), np.uint8)
+    pixels[:, columns] = 255
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def _with_masks(stage: EncodeStage, *patterns: Path) -> EncodeStage:
+    config = EncodeConfig(
+        resolution_px=SIDE_PX, mask_family="user", mask_files=tuple(map(str, patterns)), num_mask_variants=2
+    )
+    model = ModelConfig(base="tiny", base_prediction_type="v_prediction")
+    return EncodeStage(stage._store, stage._downloaded, config, model)
+
+
+def test_the_user_s_own_masks(tmp_path: Path, stage: EncodeStage, store: ObjectStore):
+    _mask_file(tmp_path / "masks" / "left.png", slice(0, 48))
+    _mask_file(tmp_path / "masks" / "right.png", slice(48, 96))
+    manifest = run_stage(store, _with_masks(stage, tmp_path / "masks"))
+    left, right = np.zeros((2, 8, 8), np.uint8)
+    left[:, :4] = right[:, 4:] = 1
+    path = store.local_path(f"{dataset_prefix('encode', manifest.digest)}/{manifest.files('rows', 'train')[0].name}")
+    firsts = set()
+    for row in pq.read_table(path).to_pylist():
+        masks = [unpack_mask(row[f"mask_{k}"], (8, 8)).tobytes() for k in range(2)]
+        assert set(masks) == {left.tobytes(), right.tobytes()}
+        firsts.add(masks[0])
+        with Image.open(io.BytesIO(row["image"])) as picture:
+            pixels = images_to_pixels(np.array(picture)[None])
+        known = torch.ones(SIDE_PX, SIDE_PX)
+        known[:, slice(0, 32) if masks[0] == left.tobytes() else slice(32, 64)] = 0
+        masked = encode_moments(stage.encoders.vae, pixels * known)[0].numpy()
+        stored = np.frombuffer(row["masked_moments_0"], "<f2").reshape(8, 8, 8)
+        np.testing.assert_allclose(stored, masked, atol=0.02, rtol=0.002)
+    assert len(firsts) == 2
+    spec = MaskSpec.from_json(manifest.specs["masks"])
+    assert spec.family == "user"
+    assert len(spec.files_sha256) == 2
+
+
+def test_what_the_mask_files_hold_determines_the_dataset_and_not_their_names(tmp_path: Path, stage: EncodeStage):
+    _mask_file(tmp_path / "a" / "left.png", slice(0, 48))
+    _mask_file(tmp_path / "a" / "right.png", slice(48, 96))
+    _mask_file(tmp_path / "b" / "1.png", slice(48, 96))
+    _mask_file(tmp_path / "b" / "2.png", slice(0, 48))
+    digest = _with_masks(stage, tmp_path / "a").digest
+    assert _with_masks(stage, tmp_path / "b" / "*.png").digest == digest
+    assert _with_masks(stage, tmp_path / "b" / "1.png").digest != digest
+    _mask_file(tmp_path / "b" / "2.png", slice(0, 47))
+    assert _with_masks(stage, tmp_path / "b").digest != digest
+
+
+def test_mask_files_of_other_formats(tmp_path: Path):
+    deep = np.zeros((16, 16), np.uint16)
+    deep[:, 8:], deep[:8, 8:] = 65535, 32767  # the upper half of 16 bits decides
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep >= 32768).save(tmp_path / "one-bit.png")
+    color = np.zeros((16, 16, 3), np.uint8)
+    color[8:, 8:] = 255
+    Image.fromarray(color).save(tmp_path / "color.png")
+    for file in read_mask_files([str(tmp_path)]):
+        assert np.array_equal(file.pixels >= 128, deep >= 32768), file.name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing/*.png", r"^encode\.mask_files: .*nothing/\*\.png' matches no file"),
+        ("text.png", r"^encode\.mask_files: .*text\.png' cannot be read as a mask"),
+        ("black.png", r"^encode\.mask_files: .*black\.png: nothing in it is to be repainted"),
+        ("transparent.png", r"^encode\.mask_files: .*transparent\.png' cannot be read .*flatten it"),
+        ("dot.png", r"^encode\.mask_files: .*dot\.png: it covers no cell of the latent grid at 64 px"),
+    ],
+)
+def test_mask_files_that_cannot_be_used_are_named(tmp_path: Path, stage: EncodeStage, name: str, message: str):
+    (tmp_path / "text.png").write_text("no picture")
+    _mask_file(tmp_path / "black.png", slice(0, 0))
+    _mask_file(tmp_path / "dot.png", slice(5, 6))
+    Image.new("RGBA", (8, 8)).save(tmp_path / "transparent.png")
+    with pytest.raises(ValueError, match=message):
+        _ = _with_masks(stage, tmp_path / name).digest
+
+
+def test_mask_files_and_the_user_family_go_together():
+    with pytest.raises(ValueError, match="mask_files: 0 given, and mask_family is 'user'"):
+        EncodeConfig(mask_family="user")
+    with pytest.raises(ValueError, match="mask_files: 1 given, and mask_family is 'sd_512train_large'"):
+        EncodeConfig.model_validate({"mask_files": "masks/*.png"})
+    with pytest.raises(ValueError, match="no mask family 'users'"):
+        EncodeConfig(mask_family="users")
