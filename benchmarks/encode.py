@@ -25,7 +25,7 @@ import torch
 from infra.storage import open_store
 from model.crop import central_square
 from model.encoders import encode_moments, images_to_pixels
-from model.masks import draw_mask
+from model.masks import draw_masks
 from model.tiny.world import draw, scene_at
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.manifest import Manifest, ShardReport
@@ -43,6 +43,7 @@ def _rows(num_rows: int) -> pa.Table:
         scene, buffer = scene_at(3, index), io.BytesIO()
         draw(scene).save(buffer, "JPEG", quality=95)
         row = dict.fromkeys(DOWNLOADED.names, 1) | {
+            **dict.fromkeys(("expected_md5", "expected_sha256", "source")),
             "uid": f"{index:032x}",
             "url": f"http://pictures.test/{index}",
             "caption": scene.caption,
@@ -85,7 +86,7 @@ def _bare(rows: pa.Table, encoders: Encoders) -> Callable[[], None]:
     pixels = images_to_pixels(crops).contiguous(memory_format=torch.channels_last)
     known = [
         torch.from_numpy(
-            1 - np.stack([draw_mask("lama_train_256", 64, 0, str(uid), k) for uid in range(rows.num_rows)])
+            1 - draw_masks("lama_train_256", 64, 0, [str(uid) for uid in range(rows.num_rows)], k)
         )[:, None]
         for k in range(NUM_VARIANTS)
     ]

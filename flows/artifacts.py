@@ -5,6 +5,7 @@ An artifact is a view. One that cannot be written is a warning in the log, never
 
 import base64
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -51,6 +52,28 @@ def funnel(summary: StageSummary) -> None:
         create_table_artifact(
             rows, key=key, description=f"{summary.manifest_uri} ({'already done' if summary.was_done else 'made'})"
         )
+
+
+def selection(summary: StageSummary, store: ObjectStore) -> None:
+    """What ``select`` reports beside the funnel: scores before and after, hosts with most rows, subsets."""
+    name = "select-report"
+    with _never_fatal(name), contextlib.suppress(ObjectNotFoundError):
+        found = json.loads(store.read(f"{summary.prefix}/report.json"))
+        scores = "\n".join(
+            f"| {score} | {sum(both['before']['counts'])} | {both['before']['num_missing']} | "
+            f"{both['before']['num_unread']} | {sum(both['after']['counts'])} |"
+            for score, both in found["scores"].items()
+        )
+        parts = [
+            f"Report: `{store.uri_of(f'{summary.prefix}/report.html')}`",
+            f"| score | rows with one | missing | not read | kept |\n| --- | --- | --- | --- | --- |\n{scores}",
+            "\n".join(
+                ["| host | rows |", "| --- | --- |", *(f"| {host} | {n} |" for host, n in found["hosts"]["top"])]
+            ),
+        ]
+        if found["subsets"]:
+            parts.append("\n".join(f"- `{subset}`: {count} rows" for subset, count in found["subsets"].items()))
+        create_markdown_artifact("\n\n".join(parts), key=name)
 
 
 def checkpoint(summary: TrainSummary) -> None:

@@ -226,6 +226,8 @@ def _run_data_stage(
         manifest = done
     summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)
     artifacts.funnel(summary)
+    if name == "select":
+        artifacts.selection(summary, store)
     progress.finish(_done_text(summary.was_done, f"{summary.num_out} of {summary.num_in} rows kept", summary.seconds))
     gate(manifest)
     return summary

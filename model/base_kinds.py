@@ -69,7 +69,9 @@ def recognize(keys: Iterable[str], shape: Callable[[str], tuple[int, ...]]) -> K
         channels = _size(keys, shape, rf"({_UNET_PREFIX})?input_blocks\.0\.0\.weight|conv_in\.weight", 1)
         name = wrong or f"a {channels}-channel UNet"
         if wrong is None and parts == {"unet", "vae", "text"}:
-            name = f"a {'text-to-image base' if channels == 4 else 'inpainting model'} of {channels} input channels"
+            name = (
+                "a text-to-image base" if channels == 4 else "an inpainting model"
+            ) + f" of {channels} input channels"
         elif wrong is None:
             name += " alone" if parts == {"unet"} else f" with {' and '.join(sorted(parts - {'unet'}))}"
         return Kind(name, parts, is_usable=wrong is None)

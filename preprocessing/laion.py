@@ -4,24 +4,30 @@ Each LAION release names its columns in its own way; see ``ALIASES``. A file wit
 as if all its rows were safe.
 """
 
-import fnmatch
+import contextlib
 import glob
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from infra.storage import ObjectNotFoundError, open_store, sha256_of_file
+from infra.storage import ObjectInfo, ObjectNotFoundError, ObjectStore, open_store
+from preprocessing.content_hashes import sha256_of_local, sha256_of_object
 
 # Our name → LAION's and img2dataset's, case-insensitively, the preferred one first. Where img2dataset wrote the table,
-# `original_width` is the width on the web and `width` that of the file it made.
+# `original_width` is the width on the web and `width` that of the file it made. LAION's `hash` is not here: it is
+# murmur3 of url + text, joins LAION's own tables, and says nothing of the picture.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "url": ("url", "image_url"),
     "caption": ("text", "caption", "top_caption", "alt_text", "alt"),
@@ -31,13 +37,14 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "punsafe": ("punsafe", "p_unsafe"),
     "pwatermark": ("pwatermark", "p_watermark"),
     "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics"),
+    "language": ("language", "lang"),
+    "expected_md5": ("md5", "image_md5", "expected_md5"),
+    "expected_sha256": ("sha256", "image_sha256", "expected_sha256"),
 }
 REQUIRED = ("url", "caption", "punsafe")
 
 # The one form of rows. Scores are read as 64-bit numbers, so that a limit is compared with what the file says.
-ROWS: Mapping[str, type[pl.DataType]] = {
-    "url": pl.String,
-    "caption": pl.String,
+SCORES: Mapping[str, type[pl.DataType]] = {
     "width": pl.Int32,
     "height": pl.Int32,
     "similarity": pl.Float64,
@@ -45,37 +52,158 @@ ROWS: Mapping[str, type[pl.DataType]] = {
     "pwatermark": pl.Float64,
     "aesthetic": pl.Float64,
 }
+TEXTS: Mapping[str, type[pl.DataType]] = {
+    "url": pl.String,
+    "caption": pl.String,
+    "language": pl.String,
+    "expected_md5": pl.String,
+    "expected_sha256": pl.String,
+}
+_COLUMNS: Mapping[str, type[pl.DataType]] = {**TEXTS, **SCORES}
+ROWS: Mapping[str, type[pl.DataType]] = {
+    **_COLUMNS,
+    "is_text": pl.Boolean,  # false where URL or caption is not UTF-8; such a text is null
+}
 
-_BATCH_ROWS = 65_536
+_BATCH_ROWS = 32_768
+_SCORE_ROWS = 131_072
+_CSV_BLOCK_BYTES = 4 << 20  # a row must fit in
+_BUFFER_BYTES = 1 << 20  # of a column; else whole column chunks are read at once
 _PARQUET_MAGIC = b"PAR1"
 _CSV_SUFFIXES = (".csv", ".csv.gz")
+_HASH_DIGITS = {"expected_md5": 32, "expected_sha256": 64}
 
 
 @dataclass(frozen=True)
 class MetadataFile:
-    """One file of metadata, here and readable.
+    """One file of metadata, readable, here or in S3.
 
     Attributes:
         name: As the user knows it: a path or a URI.
-        path: The local file.
-        sha256: Of its content.
         kind: Its format.
         columns: Our name → the file's, for the columns that it has.
+        schema: The file's own.
+        place: The local path, or the store and what it says of the object.
     """
 
     name: str
-    path: Path
-    sha256: str
     kind: Literal["parquet", "csv"]
     columns: Mapping[str, str]
+    schema: pa.Schema
+    place: Path | tuple[ObjectStore, ObjectInfo]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the content; see ``content_hashes`` for when it is computed anew."""
+        _ = self._stamp  # taken before the content is hashed
+        return sha256_of_local(self.place) if isinstance(self.place, Path) else sha256_of_object(*self.place)
+
+    @cached_property
+    def _stamp(self) -> tuple[int, int] | None:
+        """Size and time of a local file when it was first asked for; objects are checked by their hash."""
+        return _stamp_of(self.place) if isinstance(self.place, Path) else None
+
+    def check_unchanged(self) -> None:
+        """To be called after reading.
+
+        Raises:
+            ValueError: A local file is not the one that was hashed.
+        """
+        if isinstance(self.place, Path) and self._stamp != _stamp_of(self.place):
+            raise ValueError(f"source.metadata: {self.name} was changed after it was hashed; run this again")
+
+    @contextlib.contextmanager
+    def local(self, scratch: Path | None = None) -> Iterator[Path]:
+        """The file as a local path: itself, or a copy that is gone afterwards.
+
+        Args:
+            scratch: Where the copy is made; else where temporary files go.
+        """
+        if isinstance(self.place, Path):
+            yield self.place
+            return
+        store, info = self.place
+        with tempfile.TemporaryDirectory(prefix="lacuna-metadata-", dir=scratch) as folder:
+            path = Path(folder) / Path(info.key).name
+            store.download(info.key, path, self.sha256)
+            yield path
+
+    @cached_property
+    def num_rows(self) -> int:
+        """How many rows it has; a CSV file is read for it.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        if self.kind == "parquet":
+            return self.parquet_metadata.num_rows
+        with self.local() as path:
+            return sum(batch.num_rows for batch in _batches(self, path))
+
+    @cached_property
+    def parquet_metadata(self) -> pq.FileMetaData:
+        """Of a Parquet file, what its end says.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        with _readable(self.name), contextlib.closing(_source(self.place)) as source:
+            return pq.read_metadata(source)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Parquet with texts and numbers only, and all scores: then it can be read the quick way."""
+        if self.kind != "parquet" or not set(SCORES) <= set(self.columns):
+            return False
+        of = pa.types
+        for ours, theirs in self.columns.items():
+            type_ = self.schema.field(theirs).type
+            number = (of.is_integer(type_) or of.is_floating(type_)) and not of.is_float16(type_)
+            if not (number if ours in SCORES else of.is_string(type_) or of.is_large_string(type_)):
+                return False
+        return True
 
 
-def find_metadata(patterns: Sequence[str], scratch: Path) -> list[MetadataFile]:
-    """Finds the files of metadata and checks that they can be used.
+def _stamp_of(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+class _Object(io.RawIOBase):
+    """An object in S3 as a file that can be searched in: only what is asked for is fetched."""
+
+    def __init__(self, store: ObjectStore, info: ObjectInfo) -> None:
+        self._store, self._info, self._at = store, info, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._info.num_bytes)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(0, self._info.num_bytes - self._at)
+        data = self._store.read_range(self._info.key, self._at, rest if size < 0 else min(size, rest))
+        self._at += len(data)
+        return data
+
+
+def _source(place: Path | tuple[ObjectStore, ObjectInfo]) -> pa.NativeFile:
+    return pa.OSFile(str(place)) if isinstance(place, Path) else pa.PythonFile(_Object(*place), mode="r")
+
+
+def find_metadata(patterns: Sequence[str]) -> list[MetadataFile]:
+    """Finds the files of metadata and checks that they can be used. Of each, only the beginning and end are read.
 
     Args:
         patterns: Paths, globs (``**`` crosses folders), ``file://`` and ``s3://`` URIs, which may be globs too.
-        scratch: Folder for copies of what is not here.
 
     Returns:
         The files, sorted by name, each once.
@@ -84,75 +212,146 @@ def find_metadata(patterns: Sequence[str], scratch: Path) -> list[MetadataFile]:
         ValueError: Something matches nothing, or is not usable metadata; names the file and what it lacks.
         TransientError: The object store failed.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Path | tuple[ObjectStore, ObjectInfo]] = {}
     for pattern in patterns:
-        matches = _find_s3(pattern, scratch) if pattern.startswith("s3://") else _find_local(pattern)
+        matches = _find_s3(pattern) if pattern.startswith("s3://") else _find_local(pattern)
         if not matches:
             raise ValueError(
                 f"source.metadata: {pattern!r} matches no file; give paths or globs of Parquet or CSV files"
             )
         found.update(matches)
-    return [open_metadata(name, path) for name, path in sorted(found.items())]
+    return [open_metadata(name, place) for name, place in sorted(found.items())]
 
 
-def open_metadata(name: str, path: Path) -> MetadataFile:
-    """Looks into one local file.
+def open_metadata(name: str, place: Path | tuple[ObjectStore, ObjectInfo]) -> MetadataFile:
+    """Looks into one file.
 
     Args:
         name: As the user knows it.
-        path: Where it is.
+        place: Where it is.
 
     Raises:
         ValueError: It is neither Parquet nor CSV, or lacks a column that must be there, or has one of a wrong type.
     """
-    kind = _kind_of(name, path)
-    schema = _schema_of(name, path, kind)
+    with contextlib.closing(_source(place)) as source:
+        kind = _kind_of(name, source)
+        source.seek(0)
+        schema = _schema_of(name, source, kind)
     columns = _recognise(name, schema)
     if kind == "parquet":  # a CSV file has no types: its values are tried when they are read
         for ours, theirs in columns.items():
-            _check_type(name, theirs, schema.field(theirs).type, is_text=ROWS[ours] is pl.String)
-    return MetadataFile(name, path, sha256_of_file(path), kind, columns)
+            _check_type(name, theirs, schema.field(theirs).type, is_text=ours in TEXTS)
+    return MetadataFile(name, kind, columns, schema, place)
 
 
-def source_digest(files: Sequence[MetadataFile]) -> str:
-    """What determines the rows: the files' contents in their order, whatever they are called."""
-    return hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()
-
-
-def count_rows(file: MetadataFile) -> int:
-    """How many rows a file has.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
-    if file.kind == "parquet":
-        with pq.ParquetFile(file.path) as reader:
-            return reader.metadata.num_rows
-    return sum(batch.num_rows for batch in _batches(file))
-
-
-def read_rows(files: Sequence[MetadataFile], num_rows: int) -> Iterator[pl.DataFrame]:
-    """Reads all files, one after the other, as tables of one form.
+def read_rows(file: MetadataFile, path: Path, start: int = 0) -> Iterator[pl.DataFrame]:
+    """Reads a file as tables of one form.
 
     Args:
-        files: What to read.
-        num_rows: Rows in each table; the last may have fewer.
+        file: What to read.
+        path: Where it is, locally.
+        start: Rows to leave out at the beginning.
 
     Yields:
-        Tables with the columns ``ROWS``.
+        Tables with the columns ``ROWS``, in order.
 
     Raises:
         ValueError: A value is not of its column's type, or a file is damaged; names file and column.
     """
-    rest = pl.DataFrame(schema=dict(ROWS))
-    for file in files:
-        for batch in _batches(file):
-            rest = pl.concat([rest, _normalized(file, batch)])
-            while rest.height >= num_rows:
-                yield rest.head(num_rows)
-                rest = rest.slice(num_rows)
-    if rest.height:
-        yield rest
+    for batch in _batches(file, path):
+        if start >= batch.num_rows:
+            start -= batch.num_rows
+            continue
+        yield _normalized(file, batch.slice(start))
+        start = 0
+
+
+def read_scores(file: MetadataFile, path: Path, group: int, max_punsafe: float) -> Iterator[pl.DataFrame]:
+    """Reads the numbers of one row group of a plain file.
+
+    Args:
+        file: What to read; ``is_plain``.
+        path: Where it is, locally.
+        group: Which row group.
+        max_punsafe: Where statistics say that no row is below, only ``punsafe`` is read.
+
+    Yields:
+        Tables with the columns ``SCORES``, or only ``punsafe``, in order.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with (
+        _readable(file.name),
+        pq.ParquetFile(path, metadata=file.parquet_metadata, buffer_size=_BUFFER_BYTES) as parquet,
+    ):
+        place = parquet.schema_arrow.get_field_index(file.columns["punsafe"])
+        found = parquet.metadata.row_group(group)
+        is_hopeless = _minimum(found, place) >= max_punsafe if place < found.num_columns else False
+        wanted = {"punsafe": SCORES["punsafe"]} if is_hopeless else SCORES
+        names = list(dict.fromkeys(file.columns[name] for name in wanted))
+        for batch in parquet.iter_batches(_SCORE_ROWS, [group], names, use_threads=False):
+            read = pl.from_arrow(pa.Table.from_batches([batch]))  # pa.table(…) imports pandas, which takes a second
+            assert isinstance(read, pl.DataFrame)
+            yield read.select(
+                _number(file.columns[name], read.schema[file.columns[name]], dtype).alias(name)
+                for name, dtype in wanted.items()
+            )
+
+
+def read_texts(file: MetadataFile, path: Path, group: int, rows: np.ndarray) -> Iterator[pl.DataFrame]:
+    """Reads the texts of some rows of one row group of a plain file.
+
+    Args:
+        file: What to read; ``is_plain``.
+        path: Where it is, locally.
+        group: Which row group.
+        rows: Numbers of rows in the group, ascending.
+
+    Yields:
+        Tables with the columns ``TEXTS`` and ``is_text``, in order, some empty; together as many rows as asked for.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    names = list(dict.fromkeys(file.columns[name] for name in TEXTS if name in file.columns))
+    start = done = 0
+    with (
+        _readable(file.name),
+        pq.ParquetFile(path, metadata=file.parquet_metadata, buffer_size=_BUFFER_BYTES) as parquet,
+    ):
+        for batch in parquet.iter_batches(_BATCH_ROWS, [group], names):
+            start += batch.num_rows
+            end = int(np.searchsorted(rows, start))
+            places = (rows[done:end] - (start - batch.num_rows)).astype(np.int64)
+            done = end
+            # no pa.array(…): see above
+            taken = batch.take(pa.Array.from_buffers(pa.int64(), len(places), [None, pa.py_buffer(places)]))
+            yield _normalized(file, taken, TEXTS)
+
+
+def _minimum(group: pq.RowGroupMetaData, place: int) -> float:
+    """The least value of a column, if statistics say so; NaN and null have none. Else minus infinity."""
+    statistics = group.column(place).statistics
+    if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, (int, float)):
+        return float("-inf")
+    return float(statistics.min)
+
+
+def _number(column: str, theirs: pl.DataType, ours: type[pl.DataType]) -> pl.Expr:
+    """A column of numbers in our type; what cannot be a size in pixels (NaN, or beyond 32 bits) is missing."""
+    values = pl.col(column)
+    if ours is not pl.Int32 or theirs == pl.Int32:
+        return values.cast(ours)
+    return (values.fill_nan(None) if theirs.is_float() else values).cast(pl.Int32, strict=False)
+
+
+def _clean_hash(values: pl.Expr, name: str) -> pl.Expr:
+    """A hash in lower case; null where it is none. Other texts stay as they are."""
+    if name not in _HASH_DIGITS:
+        return values
+    values = values.str.strip_chars().str.to_lowercase()
+    return pl.when(values.str.contains(rf"^[0-9a-f]{{{_HASH_DIGITS[name]}}}$")).then(values)
 
 
 def _find_local(pattern: str) -> dict[str, Path]:
@@ -167,59 +366,93 @@ def _find_local(pattern: str) -> dict[str, Path]:
     return {str(path): path for path in found if path.is_file()}
 
 
-def _find_s3(pattern: str, scratch: Path) -> dict[str, Path]:
-    """Downloads what matches."""
+def _find_s3(pattern: str) -> dict[str, tuple[ObjectStore, ObjectInfo]]:
     bucket, _, key_pattern = pattern.removeprefix("s3://").partition("/")
     if not bucket or not key_pattern:
         raise ValueError(f"source.metadata: {pattern!r} names no object; write s3://bucket/path/*.parquet")
     store = open_store(f"s3://{bucket}")
     if glob.has_magic(key_pattern):
         beginning = key_pattern[: min(key_pattern.find(sign) for sign in "*?[" if sign in key_pattern)]
-        keys = [info.key for info in store.list(beginning) if _key_matches(info.key, key_pattern)]
+        matches = _key_matcher(key_pattern)
+        found = [info for info in store.list(beginning) if matches(info.key)]
     else:
-        keys = [key_pattern]
-    found = {}
-    for key in keys:
-        # Named by its URI: objects of one name in two prefixes must not overwrite each other.
-        name = f"s3://{bucket}/{key}"
-        path = scratch / hashlib.sha256(name.encode()).hexdigest()[:16] / Path(key).name
         try:
-            store.download(key, path)
+            found = [store.head(key_pattern)]
         except ObjectNotFoundError:
-            continue
-        found[name] = path
-    return found
+            found = []
+    return {f"s3://{bucket}/{info.key}": (store, info) for info in found}
 
 
-def _key_matches(key: str, pattern: str) -> bool:
-    """Whether a key matches as a path would: a single star does not cross slashes."""
-    return fnmatch.fnmatchcase(key, pattern) and ("**" in pattern or key.count("/") == pattern.count("/"))
+def _key_matcher(pattern: str) -> Callable[[str], object]:
+    """A test whether a key matches as a path would.
+
+    ``*``, ``?`` and brackets do not cross slashes; a part that is ``**`` stands for any number of folders, none
+    included; inside a part ``**`` is as good as ``*``.
+    """
+    parts = pattern.split("/")
+    translated = ""
+    for index, part in enumerate(parts):
+        is_last = index == len(parts) - 1
+        if part == "**":
+            translated += ".*" if is_last else "(?:[^/]+/)*"
+        else:
+            translated += _PART.sub(_translated, part) + ("" if is_last else "/")
+    return re.compile(translated, re.DOTALL).fullmatch
 
 
-def _kind_of(name: str, path: Path) -> Literal["parquet", "csv"]:
-    with path.open("rb") as file:
-        if file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
-            return "parquet"
-    if path.name.lower().endswith(_CSV_SUFFIXES):
+_PART = re.compile(r"\*+|\?|\[(!?)(\]?[^\]]*)\]|.", re.DOTALL)
+
+
+def _translated(sign: re.Match[str]) -> str:
+    """One sign of a glob as a regular expression; none of them matches a slash."""
+    text = sign[0]
+    if text.startswith("*"):
+        return "[^/]*"
+    if text == "?":
+        return "[^/]"
+    if len(text) > 1:  # brackets
+        inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", sign[2])
+        return f"(?!/)[{'^' if sign[1] else ''}{inside}]"
+    return re.escape(text)
+
+
+def _kind_of(name: str, source: pa.NativeFile) -> Literal["parquet", "csv"]:
+    if source.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
+        return "parquet"
+    if name.lower().endswith(_CSV_SUFFIXES):
         return "csv"
     raise ValueError(
         f"source.metadata: {name} is neither a Parquet nor a CSV file; give one, or a glob that leaves it out"
     )
 
 
-def _schema_of(name: str, path: Path, kind: Literal["parquet", "csv"]) -> pa.Schema:
-    try:
+def _schema_of(name: str, source: pa.NativeFile, kind: Literal["parquet", "csv"]) -> pa.Schema:
+    with _readable(name):
         if kind == "parquet":
-            return pq.read_schema(path)
-        with pa_csv.open_csv(path, parse_options=pa_csv.ParseOptions(newlines_in_values=True)) as reader:
+            return pq.read_schema(source)
+        stream = pa.CompressedInputStream(source, "gzip") if name.lower().endswith(".gz") else source
+        with pa_csv.open_csv(stream, read_options=_CSV_READ, parse_options=_CSV_PARSE) as reader:
             return reader.schema
+
+
+_CSV_READ = pa_csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
+_CSV_PARSE = pa_csv.ParseOptions(newlines_in_values=True)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turns Arrow's errors into one line.
+
+    Raises:
+        ValueError: The file is damaged, or a value of a CSV file is not a number.
+    """
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())[:200]
-    return ValueError(f"source.metadata: {name} cannot be read ({said}); give a whole Parquet or CSV file")
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"source.metadata: {name} cannot be read ({said}); give a whole Parquet or CSV file"
+        ) from error
 
 
 def _recognise(name: str, schema: pa.Schema) -> dict[str, str]:
@@ -260,57 +493,82 @@ def _check_type(name: str, column: str, type_: pa.DataType, *, is_text: bool) ->
         )
 
 
-def _batches(file: MetadataFile) -> Iterator[pa.RecordBatch]:
+def _batches(file: MetadataFile, path: Path) -> Iterator[pa.RecordBatch]:
     """The columns that we know, in pieces.
 
     Raises:
         ValueError: The file is damaged, or a value of a CSV file is not a number.
     """
-    names = list(file.columns.values())
-    try:
+    names = list(dict.fromkeys(file.columns.values()))
+    with _readable(file.name):
         if file.kind == "parquet":
-            with pq.ParquetFile(file.path) as parquet:
-                for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
-                    batch.validate(full=True)  # text that is not UTF-8 would crash those who trust it
-                    yield batch
+            with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as parquet:
+                yield from parquet.iter_batches(_BATCH_ROWS, columns=names)
             return
-        convert = pa_csv.ConvertOptions(
-            include_columns=names,
-            column_types={
-                theirs: pa.string() if ROWS[ours] is pl.String else pa.float64()
-                for ours, theirs in file.columns.items()
-            },
-        )
-        parse = pa_csv.ParseOptions(newlines_in_values=True)
-        with pa_csv.open_csv(file.path, parse_options=parse, convert_options=convert) as reader:
+        types = {theirs: pa.string() if ours in TEXTS else pa.float64() for ours, theirs in file.columns.items()}
+        convert = pa_csv.ConvertOptions(include_columns=names, column_types=types, check_utf8=False)
+        with pa_csv.open_csv(path, read_options=_CSV_READ, parse_options=_CSV_PARSE, convert_options=convert) as reader:
             yield from reader
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file.name, error) from error
 
 
-def _normalized(file: MetadataFile, batch: pa.RecordBatch) -> pl.DataFrame:
-    """A batch in the form ``ROWS``; columns that the file lacks are null."""
-    read = pl.from_arrow(pa.table(batch))
+def _normalized(
+    file: MetadataFile, batch: pa.RecordBatch, names: Mapping[str, type[pl.DataType]] = _COLUMNS
+) -> pl.DataFrame:
+    """A batch in the form ``ROWS``, or the given columns of it and ``is_text``; what the file lacks is null."""
+    read = pl.from_arrow(pa.Table.from_batches([_as_bytes(batch)]))
     assert isinstance(read, pl.DataFrame)
     columns = []
-    for ours, dtype in ROWS.items():
+    is_text = pl.Series(np.ones(read.height, bool))
+    for ours, dtype in names.items():
         theirs = file.columns.get(ours)
         if theirs is None:
-            columns.append(pl.repeat(None, read.height, dtype=dtype, eager=True).alias(ours))
+            columns.append(pl.Series(ours, dtype=dtype).clear(read.height))  # nulls
             continue
         try:
-            columns.append(_converted(read[theirs], dtype).alias(ours))
+            values = _converted(read[theirs], dtype).alias(ours)
         except pl.exceptions.PolarsError as error:
             said = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"source.metadata: {file.name}: column {theirs!r} has values that are not "
                 f"{'text' if dtype is pl.String else 'numbers'} ({said}); correct the column"
             ) from error
-    return pl.DataFrame(columns)
+        if ours in ("url", "caption") and values.null_count() > read[theirs].null_count():
+            is_text &= values.is_not_null() | read[theirs].is_null()
+        if ours in _HASH_DIGITS:
+            values = values.to_frame().select(_clean_hash(pl.col(ours), ours).alias(ours))[ours]
+        columns.append(values)
+    return pl.DataFrame([*columns, is_text.alias("is_text")])
+
+
+def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch as it is if its texts are UTF-8; else texts as bytes, since they would crash those who trust them."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        of = pa.types
+        arrays = []
+        for array in batch.columns:
+            if of.is_dictionary(array.type):
+                array = array.dictionary_decode()
+            if of.is_string(array.type) or of.is_large_string(array.type):
+                array = array.view(pa.binary() if of.is_string(array.type) else pa.large_binary())
+            array.validate(full=True)
+            arrays.append(array)
+        return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    return batch
+
+
+def _decoded(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _converted(values: pl.Series, dtype: type[pl.DataType]) -> pl.Series:
-    """Values of a file in our type; what cannot be a size in pixels (NaN, or beyond 32 bits) is missing."""
+    """Values of a file in our type; bytes that are not UTF-8 are null."""
+    if values.dtype == pl.Binary:  # seldom; polars refuses all of them for one
+        return pl.Series([None if value is None else _decoded(value) for value in values], dtype=pl.String)
     if dtype is pl.String:
         return values.cast(pl.String)
     if values.dtype in (pl.Categorical, pl.Enum):  # their codes are no values

@@ -1,14 +1,16 @@
 """The select stage: from LAION's metadata to the rows that are worth downloading.
 
-Of rows that repeat each other the first that every other rule keeps wins: a refused row takes no later one with it. So
-one look at all rows comes before the shards are made; for each row that the rules keep it holds two hashes in memory.
+Rows are judged one by one (``scan``), then against each other (``winners``). The latter needs to have seen all of them:
+until then candidates wait on disk, in the scratch folder (``TMPDIR``), about 300 bytes each. Memory does not grow with
+the number of rows: it holds a few shards and a few row groups.
 """
 
-import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,30 +18,43 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infra.errors import GateError
 from infra.storage import ObjectStore
+from preprocessing.ahead import read_ahead
+from preprocessing.block_lists import BlockLists, read_block_lists
 from preprocessing.contracts.config import SelectConfig, SourceConfig
-from preprocessing.contracts.digests import digest_of, is_held_out, uid_of
+from preprocessing.contracts.digests import digest_of
 from preprocessing.contracts.manifest import Manifest
-from preprocessing.contracts.reasons import Reason
-from preprocessing.contracts.schemas import SELECTED
+from preprocessing.contracts.schemas import REJECTS, SELECTED
 from preprocessing.demo.metadata import metadata_key, put_metadata, write_metadata
-from preprocessing.filters import judge
-from preprocessing.laion import MetadataFile, count_rows, find_metadata, open_metadata, read_rows, source_digest
-from preprocessing.stage import RowsFile, ShardOutput, rejects_table
+from preprocessing.laion import find_metadata, open_metadata
+from preprocessing.releases import check_withdrawn
+from preprocessing.scan import ShardRows, SourceFile, scan
+from preprocessing.select_report import Tally, limits_of, write_report
+from preprocessing.stage import ShardOutput, WrittenFile
+from preprocessing.uids import threshold, uid_text
+from preprocessing.winners import Winners, are_needed
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
-_BATCH_ROWS = 65_536
-# What the look at all rows leaves for each of them.
-_UNIQUE, _REPEATS_ROW, _REPEATS_URL = 0, 1, 2
+_SHARDS_AHEAD = 1
+_WRITERS = 1
+_NO_REJECTS = pa.Table.from_batches([], REJECTS)  # REJECTS.empty_table() would import pandas, which takes a second
+# Texts hardly ever repeat: dictionaries and least values of them cost time and save nothing.
+_WRITER = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": ["source", "split"],
+    "write_statistics": ["width", "height", "similarity", "punsafe", "pwatermark", "aesthetic"],
+}
 
 
 class SelectStage:
     """Selects rows; see ``preprocessing.stage.Stage``.
 
-    Making one costs nothing. The metadata files are looked for, read and hashed when the digest is asked for.
+    Making one costs nothing. The metadata files are looked for, opened and hashed when the digest is asked for.
 
     Args:
         store: Where the dataset goes. The demo world's metadata is put there too, and read from there.
@@ -54,55 +69,95 @@ class SelectStage:
         self._store = store
         self._source = source
         self._config = config
+        self._tally: Tally | None = None
 
     @property
     def digest(self) -> str:
-        """Over the files' contents, the limits and the size of shards.
+        """Over the files' contents, the limits, the block-lists and the size of shards.
 
         Raises:
-            ValueError: The metadata cannot be used.
+            ValueError: The metadata or a block-list cannot be used.
         """
-        return digest_of(self.name, self.version, self.config, [source_digest(self._files)])
+        return digest_of(self.name, self.version, self.config, list(self.parents.values()))
 
     @property
     def parents(self) -> dict[str, str]:
-        """The digest of the metadata files."""
-        return {"source": source_digest(self._files)}
+        """The digest of the metadata files: of their contents in their order, whatever they are called."""
+        contents = [[item.file.sha256, item.subset, item.share] for item in self._files]
+        return {"source": digest_of("source", 1, {"files": contents}, [])}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The limits and the size of shards."""
-        return self._config.digest_fields() | {"rows_per_shard": self._source.rows_per_shard}
+        """The limits and the size of shards; of block-lists the sha256 and count; withdrawn releases."""
+        fields = self._config.digest_fields()
+        for name in ("block_hosts", "block_urls", "block_hashes"):
+            del fields[name]  # paths say nothing
+        return fields | {
+            "rows_per_shard": self._source.rows_per_shard,
+            "block_lists": {name: dict(entry) for name, entry in self._blocked.described.items()},
+            "withdrawn": check_withdrawn(self._source),
+        }
 
     @property
     def num_shards(self) -> int:
-        """Rows of all files by rows per shard, rounded up."""
+        """One for each ``rows_per_shard`` rows of metadata."""
         return -(-self._num_rows // self._source.rows_per_shard)
 
     def specs(self) -> dict[str, dict[str, Any]]:
-        """No tensors here."""
+        """None: there are no tensors."""
         return {}
 
     def write_extra_files(self, folder: Path) -> Sequence[Path]:
-        """No files beside the shards."""
-        return ()
+        """The report, as JSON and as a page."""
+        if self._tally is None:  # all shards were there already
+            for _ in self.outputs((), folder):
+                pass
+        assert self._tally is not None
+        described = {
+            "digest": self.digest,
+            "withdrawn": self.config["withdrawn"],
+            "block_lists": self.config["block_lists"],
+            "limits": limits_of(self._config),
+        }
+        return write_report(self._tally.as_json(described), folder)
 
     def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        """Makes the given shards in one pass over the files, after one that finds the repeated rows."""
+        """Selects the rows of the given shards. All rows are looked at, for the rules over several and the report."""
         if self._source.is_demo:
             put_metadata(self._store, self._source.demo)
-        repeats = find_repeats(read_rows(self._files, _BATCH_ROWS), self._config)
-        wanted = set(indices)
-        num_rows = self._source.rows_per_shard
-        for index, rows in enumerate(read_rows(self._files, num_rows)):
-            if index in wanted:
-                start = index * num_rows
-                yield select_shard(index, rows, repeats[start : start + rows.height], self._config)
+        tally, wanted = Tally(self._num_rows), frozenset(indices)
+        with tempfile.TemporaryDirectory(prefix="select-", dir=scratch) as name:
+            folder = Path(name)
+
+            def decided() -> Iterator[ShardRows]:
+                shards = scan(self._files, self._config, self._blocked, self._source.rows_per_shard, tally, folder)
+                if are_needed(self._config):
+                    shards = _against_each_other(shards, self._config, self._num_rows, folder)
+                for shard in shards:
+                    tally.add_shard(shard.num_in, shard.dropped, shard.candidates)
+                    if shard.index in wanted:
+                        yield shard
+
+            with read_ahead(decided, _SHARDS_AHEAD) as shards:
+                yield from _in_order(lambda shard: _output(shard, self._config, folder), shards)
+        self._tally = tally
 
     @cached_property
-    def _files(self) -> list[MetadataFile]:
+    def _blocked(self) -> BlockLists:
+        return read_block_lists(self._config)
+
+    @cached_property
+    def _files(self) -> list[SourceFile]:
+        check_withdrawn(self._source)
+        if self._source.subsets:
+            heaviest = max(subset.weight for subset in self._source.subsets.values())
+            return [
+                SourceFile(file, name, subset.weight / heaviest)
+                for name, subset in sorted(self._source.subsets.items())
+                for file in find_metadata(subset.metadata)
+            ]
         if not self._source.is_demo:
-            return find_metadata(self._source.metadata, self._scratch)
+            return [SourceFile(file, None, 1.0) for file in find_metadata(self._source.metadata)]
         key = metadata_key(self._source.demo)
         path = self._store.local_path(key) if self._store.exists(key) else None
         if path is None:
@@ -111,11 +166,11 @@ class SelectStage:
                 self._store.download(key, path)
             else:  # asking for the digest writes nothing to the store
                 write_metadata(self._source.demo, path)
-        return [open_metadata(self._store.uri_of(key), path)]
+        return [SourceFile(open_metadata(self._store.uri_of(key), path), None, 1.0)]
 
     @cached_property
     def _num_rows(self) -> int:
-        return sum(count_rows(file) for file in self._files)
+        return sum(item.file.num_rows for item in self._files)
 
     @cached_property
     def _scratch(self) -> Path:
@@ -125,68 +180,89 @@ class SelectStage:
         return Path(folder)
 
 
-def find_repeats(batches: Iterator[pl.DataFrame], config: SelectConfig) -> np.ndarray:
-    """Finds rows that repeat an earlier one, among those that the rules keep.
-
-    Args:
-        batches: All rows, in order, with the columns ``laion.ROWS``.
-        config: The limits.
-
-    Returns:
-        uint8, one a row: 1 where url and caption stood before, 2 where only the url did, else 0.
-    """
-    positions, uids, urls = [np.empty(0, np.int64)], [], []
-    num_rows = 0
-    for rows in batches:
-        kept = judge(rows, config)["reason"].is_null()
-        positions.append(np.flatnonzero(kept.to_numpy()) + num_rows)
-        num_rows += rows.height
-        for url, caption in rows.filter(kept).select("url", "caption").iter_rows():
-            uids.append(bytes.fromhex(uid_of(url, caption or "")))
-            urls.append(hashlib.blake2b(url.encode(), digest_size=16).digest())
-    seen = pl.DataFrame({"uid": uids, "url": urls}, schema={"uid": pl.Binary, "url": pl.Binary})
-    is_new_row, is_new_url = (seen[name].is_first_distinct().to_numpy() for name in ("uid", "url"))
-    repeats = np.full(num_rows, _UNIQUE, np.uint8)
-    repeats[np.concatenate(positions)] = np.select([~is_new_row, ~is_new_url], [_REPEATS_ROW, _REPEATS_URL], _UNIQUE)
-    return repeats
+def _against_each_other(
+    shards: Iterator[ShardRows], config: SelectConfig, num_rows: int, folder: Path
+) -> Iterator[ShardRows]:
+    """Applies the rules over several rows: all shards go to disk first, and come back without the rows that lose."""
+    winners = Winners(config, num_rows, folder)
+    waiting = []
+    for shard in shards:
+        winners.add(shard.candidates)
+        for part in ("candidates", "rejects"):
+            getattr(shard, part).write_ipc(folder / f"{part}-{shard.index}", compression="uncompressed")
+        waiting.append((shard.index, shard.start, shard.num_in, shard.dropped))
+    winners.resolve()
+    for index, start, num_in, dropped in waiting:
+        paths = [folder / f"{part}-{index}" for part in ("candidates", "rejects")]
+        candidates, rejects = (pl.read_ipc(path) for path in paths)
+        for path in paths:
+            path.unlink()
+        shard = ShardRows(index, start, num_in, dropped, candidates, rejects)
+        yield _without_losers(shard, winners, config)
 
 
-def select_shard(index: int, rows: pl.DataFrame, repeats: np.ndarray, config: SelectConfig) -> ShardOutput:
-    """Splits the rows of one shard into kept and refused ones; both keep their order.
-
-    Args:
-        index: Of the shard.
-        rows: The columns ``laion.ROWS``.
-        repeats: What ``find_repeats`` says of them.
-        config: The limits.
-    """
-    uids = [uid_of(url or "", caption or "") for url, caption in rows.select("url", "caption").iter_rows()]
-    judged = rows.with_columns(
-        *judge(rows, config).get_columns(), pl.col("caption").fill_null(""), pl.Series("uid", uids, pl.String)
-    )
-    repeated = pl.Series("repeated", repeats)
-    judged = judged.with_columns(
-        reason=pl.coalesce(
-            "reason",
-            pl.when(repeated == _REPEATS_ROW).then(pl.lit(Reason.DUPLICATE_ROW.value)),
-            pl.when(repeated == _REPEATS_URL).then(pl.lit(Reason.DUPLICATE_URL.value)),
+def _without_losers(shard: ShardRows, winners: Winners, config: SelectConfig) -> ShardRows:
+    positions, reasons = winners.losers(shard.start, shard.start + shard.num_in)
+    if not len(positions):
+        return shard
+    is_lost = np.zeros(shard.candidates.height, bool)
+    is_lost[np.searchsorted(shard.candidates["position"].to_numpy(), positions)] = True
+    names = [reason.value for reason in winners.reasons]
+    counts = np.bincount(reasons, minlength=len(names))
+    dropped = shard.dropped + Counter(dict(zip(names, counts.tolist(), strict=True)))
+    rejects = shard.rejects
+    if config.rejects == "all":
+        lost = shard.candidates.filter(is_lost).select(
+            "position",
+            "uid_high",
+            "uid_low",
+            "url",
+            reason=pl.Series([names[code] for code in reasons], dtype=pl.String),
+            detail=pl.lit(None, pl.String),
         )
-    )
-    refused = judged.filter(pl.col("reason").is_not_null())
-    kept = judged.filter(pl.col("reason").is_null())
-    splits = ["validation" if is_held_out(uid, config.validation_fraction) else "train" for uid in kept["uid"]]
-    kept = kept.with_columns(pl.Series("split", splits, pl.String))
-    return ShardOutput(
-        index=index,
-        num_in=rows.height,
-        rows=(RowsFile(f"shard-{index:05d}.parquet", _as_selected(kept)),),
-        rejects=rejects_table(*(refused[name].to_list() for name in ("uid", "url", "reason", "detail"))),
-    )
+        rejects = pl.concat([rejects, lost]).sort("position") if rejects.height else lost
+    return ShardRows(shard.index, shard.start, shard.num_in, dropped, shard.candidates.filter(~is_lost), rejects)
 
 
-def _as_selected(kept: pl.DataFrame) -> pa.Table:
-    arrays = kept.select(SELECTED.names).to_arrow(compat_level=pl.CompatLevel.oldest())
-    return arrays.cast(SELECTED)
+def _output(shard: ShardRows, config: SelectConfig, folder: Path) -> ShardOutput:
+    table = _as_selected(shard.candidates, config)
+    name = f"shard-{shard.index:05d}.parquet"
+    pq.write_table(table, folder / name, **_WRITER)
+    rows = WrittenFile(name, folder / name, table.num_rows)
+    if config.rejects == "counts":
+        return ShardOutput(shard.index, shard.num_in, (rows,), _NO_REJECTS, dict(shard.dropped))
+    return ShardOutput(shard.index, shard.num_in, (rows,), _as_rejects(shard.rejects))
+
+
+def _in_order(make: Callable[[ShardRows], ShardOutput], shards: Iterator[ShardRows]) -> Iterator[ShardOutput]:
+    """Makes files of shards in a thread of their own, beside the scan and the upload; in the order of the shards."""
+    waiting: deque[Future[ShardOutput]] = deque()
+    with ThreadPoolExecutor(_WRITERS, "select-write") as pool:
+        for shard in shards:
+            waiting.append(pool.submit(make, shard))
+            num_ahead = _WRITERS if not shard.rejects.height else 1  # rejects are many
+            del shard
+            if len(waiting) >= num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _as_selected(kept: pl.DataFrame, config: SelectConfig) -> pa.Table:
+    limit = pl.lit(threshold(config.validation_fraction), pl.UInt64)
+    split = pl.when(pl.col("uid_low") < limit).then(pl.lit("validation")).otherwise(pl.lit("train"))
+    names = [name for name in SELECTED.names if name != "uid"]
+    table = kept.with_columns(split=split).select(names).to_arrow(compat_level=pl.CompatLevel.oldest())
+    uids = uid_text(kept["uid_high"].to_numpy(), kept["uid_low"].to_numpy())
+    return table.add_column(0, "uid", uids).cast(SELECTED)
+
+
+def _as_rejects(refused: pl.DataFrame) -> pa.Table:
+    if not refused.height:
+        return _NO_REJECTS
+    table = refused.select("url", "reason", "detail").to_arrow(compat_level=pl.CompatLevel.oldest())
+    uids = uid_text(refused["uid_high"].to_numpy(), refused["uid_low"].to_numpy())
+    return table.add_column(0, "uid", uids).cast(REJECTS)
 
 
 def check_gate(manifest: Manifest, config: SelectConfig) -> None:

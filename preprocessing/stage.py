@@ -1,13 +1,16 @@
 """The one loop that turns shards of one dataset into shards of the next and commits them.
 
-What is done is decided by what stands in the store. A shard is done when its report (written last) names files that
-are there with the sizes it says; a dataset is done when its manifest is there. So a run may be killed anywhere and
-started again, or run twice at once, and the effect is that of one run.
+What is done is decided by what stands in the store. A shard is done when its report (written last, once) is of this
+very dataset and names files that are there with the sizes it says; a dataset is done when its manifest is there. So a
+run may be killed anywhere and started again, or run twice at once, and the effect is that of one run: of two that make
+a shard at the same time, the first report stands, and the other run takes it over.
 """
 
+import contextlib
+import errno
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from infra.errors import ContractError
-from infra.storage import AlreadyExistsError, ObjectNotFoundError, ObjectStore, sha256_of_file
+from infra.errors import ContractError, TransientError
+from infra.storage import AlreadyExistsError, ConflictError, ObjectNotFoundError, ObjectStore, sha256_of_file
 from preprocessing.contracts.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    CommittedShard,
     DatasetFile,
     Manifest,
     ShardReport,
@@ -35,6 +39,9 @@ LOGGER = logging.getLogger(__name__)
 
 PARQUET_WRITER: Mapping[str, Any] = {"compression": "zstd"}
 
+_HASH_CHARS = 12  # of a sha256, where file names carry it
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE})
+
 
 @dataclass(frozen=True)
 class RowsFile:
@@ -44,6 +51,30 @@ class RowsFile:
     table: pa.Table
     split: Split | None = None
     writer: Mapping[str, Any] = field(default_factory=lambda: PARQUET_WRITER)
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return self.table.num_rows
+
+    def write(self, folder: Path) -> Path:
+        """Writes the file into a folder."""
+        pq.write_table(self.table, folder / self.name, **self.writer)
+        return folder / self.name
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Rows that a kernel kept and wrote itself, somewhere in scratch."""
+
+    name: str
+    path: Path
+    num_rows: int
+    split: Split | None = None
+
+    def write(self, folder: Path) -> Path:  # as RowsFile
+        """Where it is."""
+        return self.path
 
 
 @dataclass(frozen=True)
@@ -55,12 +86,17 @@ class ShardOutput:
         num_in: Rows read.
         rows: Kept rows, in one file or one a split.
         rejects: Refused rows, in the ``REJECTS`` schema.
+        dropped: Where refused rows are only counted, their number by reason; ``rejects`` is not written then.
+        is_repeatable: Whether making it again gives the same bytes. Where it does not, file names carry their hash: of
+            two runs at once, none replaces what the other's report names.
     """
 
     index: int
     num_in: int
-    rows: tuple[RowsFile, ...]
+    rows: tuple[RowsFile | WrittenFile, ...]
     rejects: pa.Table
+    dropped: Mapping[str, int] | None = None
+    is_repeatable: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,85 +205,192 @@ def run_stage(store: ObjectStore, stage: Stage, on_progress: ProgressCallback | 
 
     Returns:
         The manifest, whether it was there before or not.
+
+    Raises:
+        TransientError: The outside world failed; what is done is kept, and a retry goes on from there.
     """
     prefix = dataset_prefix(stage.name, stage.digest)
     done = find_manifest(store, prefix)
     if done is not None:
         return done
-    reports: dict[int, ShardReport] = {}
-    for index in range(stage.num_shards):
-        report = find_report(store, prefix, index)
-        if report is not None:
-            reports[index] = report
-    notify = on_progress or (lambda _: None)
-    notify(Progress(stage.name, len(reports), stage.num_shards, was_done=bool(reports)))
-    todo = [index for index in range(stage.num_shards) if index not in reports]
-    with tempfile.TemporaryDirectory(prefix=f"lacuna-{stage.name}-") as folder:
-        scratch = Path(folder)
-        for output in stage.outputs(todo, scratch) if todo else ():
-            report = commit_shard(store, prefix, output, scratch)
-            reports[report.index] = report
-            notify(Progress(stage.name, len(reports), stage.num_shards, report))
-        missing = sorted(set(range(stage.num_shards)) - set(reports))
-        if missing:
-            raise RuntimeError(f"{stage.name}: shards {missing[:10]} were not made, and nothing said why")
+    reports = run_shards(store, stage, range(stage.num_shards), on_progress)
+    with _scratch(stage) as scratch:
         extra = [
             _upload(store, prefix, path, DatasetFile(name=path.name, num_bytes=0, sha256="", kind="extra"))
             for path in stage.write_extra_files(scratch)
         ]
-    return _commit_manifest(store, prefix, stage, [reports[index] for index in sorted(reports)], extra)
+    shards = [reports[index] for index in sorted(reports)]
+    _sweep(store, prefix, {file.name for shard in shards for file in shard.files} | {file.name for file in extra})
+    return _commit_manifest(store, prefix, stage, shards, extra)
 
 
-def find_report(store: ObjectStore, prefix: str, index: int) -> ShardReport | None:
-    """A shard's report if it is there and the files that it names have the sizes that it says; else None."""
+def run_shards(
+    store: ObjectStore, stage: Stage, indices: Sequence[int], on_progress: ProgressCallback | None = None
+) -> dict[int, ShardReport]:
+    """Makes some of a dataset's shards and commits each: one task's part, where many tasks or machines share the work.
+
+    Parts may overlap, and may run at the same time. Once all are done, `run_stage` finds the shards there and writes
+    the manifest.
+
+    Args:
+        store: Where datasets stand.
+        stage: What to run.
+        indices: Of the shards.
+        on_progress: Called after each shard.
+
+    Returns:
+        The shards' reports by index, whether they were there before or not.
+
+    Raises:
+        TransientError: The outside world failed; what is done is kept, and a retry goes on from there.
+    """
+    reports: dict[int, ShardReport] = {}
+    for index in indices:
+        report = find_report(store, stage, index)
+        if report is not None:
+            reports[index] = report
+    notify = on_progress or (lambda _: None)
+    notify(Progress(stage.name, len(reports), len(indices), was_done=bool(reports)))
+    todo = [index for index in indices if index not in reports]
+    with _scratch(stage) as scratch:
+        for output in stage.outputs(todo, scratch) if todo else ():
+            made = commit_shard(store, dataset_prefix(stage.name, stage.digest), output, scratch)
+            report = _commit_report(store, stage, made)
+            reports[report.index] = report
+            notify(Progress(stage.name, len(reports), len(indices), report))
+    missing = sorted(set(indices) - set(reports))
+    if missing:
+        raise RuntimeError(f"{stage.name}: shards {missing[:10]} were not made, and nothing said why")
+    return reports
+
+
+@contextlib.contextmanager
+def _scratch(stage: Stage) -> Iterator[Path]:
+    """A folder for files on their way; a disk that is full or fails is the world's fault, and a retry may help."""
     try:
-        report = ShardReport.model_validate_json(store.read(_report_key(prefix, index)))
-        for file in report.files:
-            if store.head(f"{prefix}/{file.name}").num_bytes != file.num_bytes:
-                LOGGER.warning(
-                    "%s/%s has not the size that its report says; shard %d is made again", prefix, file.name, index
-                )
-                return None
+        with tempfile.TemporaryDirectory(prefix=f"lacuna-{stage.name}-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        where = error.filename or tempfile.gettempdir()
+        raise TransientError(f"{stage.name}: {where}: {error.strerror or error}; is there room in $TMPDIR?") from error
+
+
+def find_report(store: ObjectStore, stage: Stage, index: int) -> ShardReport | None:
+    """A shard's report if it is there, is of this dataset, and its files have the sizes that it says; else None."""
+    return _find_report(store, stage, index)[0]
+
+
+def _find_report(store: ObjectStore, stage: Stage, index: int) -> tuple[ShardReport | None, str | None]:
+    """A shard's report, if it holds; and the etag of what stands there, whatever it is."""
+    prefix = dataset_prefix(stage.name, stage.digest)
+    key = _report_key(prefix, index)
+    try:
+        data, etag = store.read_with_etag(key)
     except ObjectNotFoundError:
-        return None
+        return None, None
+    try:
+        committed = CommittedShard.model_validate_json(data)
     except ValidationError:
-        LOGGER.warning("%s: the report of shard %d cannot be read; the shard is made again", prefix, index)
-        return None
-    return report
+        LOGGER.warning("%s cannot be read; the shard is made again", store.uri_of(key))
+        return None, etag
+    problem = _foreign(committed, stage, index) or _missing_file(store, prefix, committed.report)
+    if problem is not None:
+        LOGGER.warning("%s: %s; the shard is made again", store.uri_of(key), problem)
+        return None, etag
+    return committed.report, etag
+
+
+def _foreign(committed: CommittedShard, stage: Stage, index: int) -> str | None:
+    """Why a report is none of this shard, if it is not."""
+    said = (committed.stage, committed.digest, committed.parents, committed.report.index)
+    wanted = (stage.name, stage.digest, stage.parents, index)
+    for name, found, expected in zip(("stage", "digest", "parents", "index"), said, wanted, strict=True):
+        if found != expected:
+            return f"its {name} is {found!r}, expected {expected!r}"
+    return None
+
+
+def _missing_file(store: ObjectStore, prefix: str, report: ShardReport) -> str | None:
+    for file in report.files:
+        try:
+            num_bytes = store.head(f"{prefix}/{file.name}").num_bytes
+        except ObjectNotFoundError:
+            return f"{file.name} is not there"
+        if num_bytes != file.num_bytes:
+            return f"{file.name} has {num_bytes} bytes, expected {file.num_bytes}"
+    return None
 
 
 def commit_shard(store: ObjectStore, prefix: str, output: ShardOutput, scratch: Path) -> ShardReport:
-    """Writes a shard's files to scratch, uploads them, and its report last."""
+    """Writes a shard's files to scratch and uploads them; the report that names them is returned, not written."""
     files = []
     for rows in output.rows:
-        pq.write_table(rows.table, scratch / rows.name, **rows.writer)
-        entry = DatasetFile(name=rows.name, num_bytes=0, sha256="", num_rows=rows.table.num_rows, split=rows.split)
-        files.append(_upload(store, prefix, scratch / rows.name, entry))
-    name = f"rejects-{output.index:05d}.parquet"
-    pq.write_table(output.rejects, scratch / name, **PARQUET_WRITER)
-    entry = DatasetFile(name=name, num_bytes=0, sha256="", num_rows=output.rejects.num_rows, kind="rejects")
-    files.append(_upload(store, prefix, scratch / name, entry))
-    counted = output.rejects.column("reason").value_counts().to_pylist()
-    report = ShardReport(
+        path = rows.write(scratch)
+        entry = DatasetFile(name=rows.name, num_bytes=0, sha256="", num_rows=rows.num_rows, split=rows.split)
+        files.append(_upload(store, prefix, path, entry, output.is_repeatable))
+    if output.dropped is None:
+        name = f"rejects-{output.index:05d}.parquet"
+        pq.write_table(output.rejects, scratch / name, **PARQUET_WRITER)
+        entry = DatasetFile(name=name, num_bytes=0, sha256="", num_rows=output.rejects.num_rows, kind="rejects")
+        files.append(_upload(store, prefix, scratch / name, entry, output.is_repeatable))
+        counted = output.rejects.column("reason").value_counts().to_pylist()
+        dropped = {item["values"]: item["counts"] for item in counted}
+    else:
+        dropped = {reason: count for reason, count in output.dropped.items() if count}
+    return ShardReport(
         index=output.index,
         num_in=output.num_in,
-        num_out=sum(rows.table.num_rows for rows in output.rows),
-        dropped={item["values"]: item["counts"] for item in sorted(counted, key=lambda item: item["values"])},
+        num_out=sum(rows.num_rows for rows in output.rows),
+        dropped=dict(sorted(dropped.items())),
         files=tuple(files),
     )
-    store.put(_report_key(prefix, output.index), report.model_dump_json(indent=1).encode())
-    return report
+
+
+def _commit_report(store: ObjectStore, stage: Stage, report: ShardReport) -> ShardReport:
+    """Writes a shard's report where none stands that holds; returns the one that stands."""
+    committed = CommittedShard(
+        stage=stage.name, stage_version=stage.version, digest=stage.digest, parents=stage.parents, report=report
+    )
+    key = _report_key(dataset_prefix(stage.name, stage.digest), report.index)
+    while True:
+        there, etag = _find_report(store, stage, report.index)
+        if there is not None:
+            if there != report:
+                LOGGER.info("%s: another run committed shard %d first; its report stands", stage.name, report.index)
+            return there
+        with contextlib.suppress(ConflictError):  # somebody was quicker: look again
+            store.compare_and_swap(key, committed.model_dump_json(indent=1).encode(), etag)
+            return report
 
 
 def _report_key(prefix: str, index: int) -> str:
     return f"{prefix}/reports/shard-{index:05d}.json"
 
 
-def _upload(store: ObjectStore, prefix: str, path: Path, entry: DatasetFile) -> DatasetFile:
+def _sweep(store: ObjectStore, prefix: str, named: Collection[str]) -> None:
+    """Deletes files of shards that no report names: of runs that were killed, or came second.
+
+    No run can still need one: every shard's report stands, and whoever comes second takes that over.
+    """
+    for info in list(store.list(f"{prefix}/")):
+        name = info.key.removeprefix(f"{prefix}/")
+        if name.endswith(".parquet") and "/" not in name and name not in named:
+            LOGGER.info("%s: nothing names it; deleted", store.uri_of(info.key))
+            store.delete(info.key)
+
+
+def _upload(store: ObjectStore, prefix: str, path: Path, entry: DatasetFile, is_repeatable: bool = True) -> DatasetFile:
     """Uploads a file and removes it from scratch, so that scratch never holds more than a shard."""
-    uploaded = store.upload(f"{prefix}/{entry.name}", path, sha256_of_file(path))
+    sha256 = sha256_of_file(path)
+    name = entry.name
+    if not is_repeatable:
+        stem, dot, suffix = name.rpartition(".")
+        name = f"{stem}-{sha256[:_HASH_CHARS]}{dot}{suffix}"
+    uploaded = store.upload(f"{prefix}/{name}", path, sha256)
     path.unlink()
-    return entry.model_copy(update={"num_bytes": uploaded.num_bytes, "sha256": uploaded.sha256})
+    return entry.model_copy(update={"name": name, "num_bytes": uploaded.num_bytes, "sha256": uploaded.sha256})
 
 
 def _commit_manifest(

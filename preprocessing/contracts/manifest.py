@@ -38,7 +38,10 @@ class DatasetFile(Record):
 
 
 class ShardReport(Record):
-    """What became of one shard. It holds that ``num_in == num_out + sum(dropped.values())``."""
+    """What became of one shard. It holds that ``num_in == num_out + sum(dropped.values())``.
+
+    Each dropped row stands in a file of kind ``rejects``; a stage that was told to count only writes no such file.
+    """
 
     index: int
     num_in: int
@@ -49,15 +52,35 @@ class ShardReport(Record):
     @model_validator(mode="after")
     def _accounts_for_every_row(self) -> "ShardReport":
         num_rows = sum(f.num_rows for f in self.files if f.kind == "rows")
-        num_rejects = sum(f.num_rows for f in self.files if f.kind == "rejects")
+        rejects = [f.num_rows for f in self.files if f.kind == "rejects"]
         if self.num_in != self.num_out + sum(self.dropped.values()) or num_rows != self.num_out:
             raise ValueError(
                 f"shard {self.index}: num_in {self.num_in} != num_out {self.num_out} (rows in files {num_rows}) "
                 f"+ dropped {sum(self.dropped.values())}"
             )
-        if num_rejects != sum(self.dropped.values()):
-            raise ValueError(f"shard {self.index}: {num_rejects} rejected rows written, {self.dropped} counted")
+        if rejects and sum(rejects) != sum(self.dropped.values()):
+            raise ValueError(f"shard {self.index}: {sum(rejects)} rejected rows written, {self.dropped} counted")
         return self
+
+
+class CommittedShard(Record):
+    """What stands in ``reports/``: a shard's report, and of which dataset it is; a copy in another folder is noticed.
+
+    Attributes:
+        format_version: Of this record.
+        stage: As in the manifest.
+        stage_version: As in the manifest.
+        digest: Of the dataset: over the config, the stage's version, and the digests of the input.
+        parents: Stage → digest of the input.
+        report: What became of the shard.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    stage: str
+    stage_version: int
+    digest: str
+    parents: dict[str, str]
+    report: ShardReport
 
 
 class Manifest(Record):

@@ -7,6 +7,9 @@
 | encode | ``train-00000.parquet``, ``validation-00000.parquet`` | ``training_rows(…)`` |
 | every | ``rejects-00000.parquet`` | ``REJECTS`` |
 
+File names of ``download`` end in a part of their hash (``shard-00000-0123456789ab.parquet``): its shards cannot be made
+twice alike. The manifest says which files there are.
+
 Tensors are non-nullable ``fixed_size_binary``, little-endian, C order; see ``TENSOR_WRITER`` for how they must be
 written.
 """
@@ -33,9 +36,14 @@ SELECTED = pa.schema(
         pa.field("punsafe", pa.float32(), nullable=False),
         pa.field("pwatermark", pa.float32()),
         pa.field("aesthetic", pa.float32()),
+        # What the metadata says of the picture's bytes, as lower-case hexadecimal digits; null where it says nothing.
+        pa.field("expected_md5", pa.string()),
+        pa.field("expected_sha256", pa.string()),
+        pa.field("source", pa.string()),  # the name of the subset, where source.subsets names any
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+NOT_IN_TRAINING_ROWS = frozenset({"split", "expected_md5", "expected_sha256", "source"})
 
 DOWNLOADED = pa.schema(
     [
@@ -77,7 +85,7 @@ def training_rows(
         tensors += [(f"mask_{k}", mask_num_bytes), (f"masked_moments_{k}", moments_num_bytes)]
     return pa.schema(
         [
-            *(SELECTED.field(name) for name in SELECTED.names if name != "split"),
+            *(SELECTED.field(name) for name in SELECTED.names if name not in NOT_IN_TRAINING_ROWS),
             pa.field("sha256", pa.string(), nullable=False),
             pa.field("crop_top", pa.int32(), nullable=False),
             pa.field("crop_left", pa.int32(), nullable=False),

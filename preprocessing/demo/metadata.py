@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from infra.storage import AlreadyExistsError, ObjectStore
 from model.tiny.world import WORLD_VERSION, Scene, philox, scene_at
 from preprocessing.contracts.config import DemoWorldConfig
+from preprocessing.contracts.digests import uid_of
 from preprocessing.contracts.reasons import Reason
 from preprocessing.demo.server import HOST, awkward_path, picture_path
 
@@ -195,6 +196,9 @@ def awkward_rows(config: DemoWorldConfig) -> list[AwkwardRow]:
                 name: value.replace("{url}", values["URL"]) if name == "URL" and value else value
                 for name, value in changes.items()
             }
+            if kind == "duplicate_url":  # of one URL the smallest uid stays: this one must have a larger one
+                while uid_of(values["URL"], changes["TEXT"]) < uid_of(values["URL"], values["TEXT"]):
+                    changes["TEXT"] += "!"
             rows.append(AwkwardRow(kind, _hashed(values | changes), described.stage, described.reason, original))
             index += original is None
     return rows

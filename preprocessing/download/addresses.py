@@ -1,35 +1,29 @@
-"""Which URLs may be asked for at all: judged beforehand, by the addresses that their hosts resolve to.
+"""Which URLs and addresses may be asked at all.
 
 How an address is spelled says nothing: ``127.1``, ``0x7f.1``, ``2130706433`` and ``①②⑦.0.0.1`` are all loopback to the
-resolver. So every host is resolved, once, and every answer must be public or inside ``download.allow_networks``.
+resolver. So a URL is judged twice: by its form here (`parse_url`), and, once its host is resolved, by every address
+that came back (`refuse_addresses`). The client connects to one of the judged addresses and to nothing else, and judges
+each redirect from scratch, so neither a redirect nor a name server that changes its mind (DNS rebinding) gets past
+this.
 
-What this does not do: the downloader resolves the name again and follows redirects by itself, so a server that
-redirects to a private address, or a name server that answers differently the second time (DNS rebinding), gets past
-this check. Both need a client that connects to the checked address, which is a separate piece of work.
+What cannot be seen from here: a NAT64 prefix of one's own network (RFC 6052 allows any), where IPv4 addresses hide in
+public IPv6 ones. Whoever runs one should run the download where private networks are out of its reach.
 """
 
-import concurrent.futures
 import ipaddress
-import logging
-import math
 import re
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 from preprocessing.contracts.reasons import Reason
 
-LOGGER = logging.getLogger(__name__)
-
 MAX_URL_CHARS = 2048
-RESOLVE_TIMEOUT_S = 10.0
-_NUM_THREADS = 64
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Verdict = tuple[Reason, str]
-Resolver = Callable[[str], list[Address]]
 
 # `ipaddress.is_global` is not enough: it has changed within Python 3.11 and 3.12, and says True for multicast, NAT64,
 # 6to4, and a cloud's own metadata addresses.
@@ -76,22 +70,39 @@ _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
 _SAFE = "/:@!$&'()*+,;=?%~[]|"  # what `quote` leaves alone: everything that is not forbidden in a request line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """A URL whose form is right.
 
     Attributes:
         url: What is to be requested: in ASCII, with exactly the host below, without a fragment.
+        scheme: ``http`` or ``https``.
         host: A name or a literal address, lower case, without brackets.
+        port: The scheme's own where the URL names none.
+        path: What stands in the request line: path and query.
     """
 
     url: str
+    scheme: str
     host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """Host and port as the Host header has them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port."""
+        return f"{self.scheme}://{self.authority}"
 
 
 def is_public(address: Address) -> bool:
     """Whether an address is on the public internet; a v4-mapped IPv6 address counts as its IPv4 address."""
-    address = _unmapped(address)
+    address = unmapped(address)
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _DENIED_V4) and address.is_global
     return address in _GLOBAL_V6 and not any(address in network for network in _DENIED_V6) and address.is_global
@@ -137,92 +148,43 @@ def _spell(scheme: str, host: str, port: int | None, path: str, query: str) -> T
         target = quote(path or "/", safe=_SAFE) + (f"?{quote(query, safe=_SAFE)}" if query else "")
     except UnicodeError:
         return Reason.URL_REFUSED, "it has a character that no encoding has"
+    named = DEFAULT_PORTS[scheme] if port is None else port
     authority = f"[{host}]" if ":" in host else host
-    if port is not None:
-        authority = f"{authority}:{port}"
-    return Target(f"{scheme}://{authority}{target}", host)
+    suffix = "" if port is None else f":{port}"
+    return Target(f"{scheme}://{authority}{suffix}{target}", scheme, host, named, target)
 
 
-def resolve(host: str) -> list[Address]:
-    """Every address of a host, as the system's resolver has it.
-
-    Raises:
-        OSError: The name does not resolve (`socket.gaierror`).
-    """
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return sorted(
-        {ipaddress.ip_address(str(entry[4][0])) for entry in found}, key=lambda address: (address.version, int(address))
-    )
-
-
-def check_urls(
-    urls: Iterable[str],
-    allow_networks: Sequence[str] = (),
-    resolver: Resolver = resolve,
-    timeout_s: float = RESOLVE_TIMEOUT_S,
-) -> dict[str, Target | Verdict]:
-    """Judges URLs by form and address; each distinct host is resolved once.
-
-    Args:
-        urls: As they stand in the metadata; repeated ones are judged once.
-        allow_networks: Address ranges allowed although they are not public.
-        resolver: Gives a host's addresses, or raises OSError.
-        timeout_s: How long a host may take to resolve, on average over the threads that do it.
-
-    Returns:
-        For each URL what to request; or, where it is refused, ``URL_REFUSED`` or ``HOST_UNKNOWN`` and what is wrong.
-    """
-    parsed = {url: parse_url(url) for url in urls}
-    hosts = sorted({target.host for target in parsed.values() if isinstance(target, Target)})
-    refused = check_hosts(hosts, allow_networks, resolver, timeout_s)
-    return {
-        url: refused.get(target.host, target) if isinstance(target, Target) else target
-        for url, target in parsed.items()
-    }
-
-
-def check_hosts(
-    hosts: Sequence[str],
-    allow_networks: Sequence[str],
-    resolver: Resolver = resolve,
-    timeout_s: float = RESOLVE_TIMEOUT_S,
-) -> Mapping[str, Verdict]:
-    """Judges hosts by every address that they resolve to.
-
-    Returns:
-        The refused ones, with reason and what is wrong.
-    """
-    if not hosts:
-        return {}
-    allowed = tuple(ipaddress.ip_network(network) for network in allow_networks)
-    pool = concurrent.futures.ThreadPoolExecutor(min(_NUM_THREADS, len(hosts)), thread_name_prefix="resolve")
-    try:
-        pending = {pool.submit(_check_host, host, allowed, resolver): host for host in hosts}
-        # The resolver cannot be interrupted: threads that hang are left to its own time limit.
-        concurrent.futures.wait(pending, timeout=timeout_s * math.ceil(len(hosts) / _NUM_THREADS))
-        no_answer = (Reason.HOST_UNKNOWN, f"no answer from the resolver within {timeout_s:g} s")
-        verdicts = {host: future.result() if future.done() else no_answer for future, host in pending.items()}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    refused = {host: verdict for host, verdict in verdicts.items() if verdict is not None}
-    LOGGER.info("download: %d of %d hosts may be asked", len(hosts) - len(refused), len(hosts))
-    return refused
-
-
-def _check_host(host: str, allowed: Sequence[Network], resolver: Resolver) -> Verdict | None:
-    try:
-        addresses = resolver(host)
-    except (OSError, UnicodeError) as error:
-        return Reason.HOST_UNKNOWN, f"{host}: {getattr(error, 'strerror', None) or error}"
-    if not addresses:
-        return Reason.HOST_UNKNOWN, f"{host}: no address"
-    for address in addresses:
-        unmapped = _unmapped(address)
-        if not is_public(address) and not any(unmapped in network for network in allowed):
-            return Reason.URL_REFUSED, f"{host} is {address}, which is neither public nor in download.allow_networks"
-    return None
-
-
-def _unmapped(address: Address) -> Address:
+def unmapped(address: Address) -> Address:
+    """An address; a v4-mapped IPv6 address as the IPv4 address that it is."""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return address if mapped is None else mapped
+
+
+def refuse_addresses(
+    target: Target, addresses: Sequence[Address], allow_networks: Sequence[Network], allow_ports: Sequence[int]
+) -> Verdict | None:
+    """Judges a URL by all addresses of its host; one bad answer is enough.
+
+    Args:
+        target: The URL.
+        addresses: What its host resolves to.
+        allow_networks: Address ranges allowed although they are not public, and on any port.
+        allow_ports: Ports that public addresses may be asked on.
+
+    Returns:
+        Reason and what is wrong; None where the URL may be asked for.
+    """
+    if not addresses:
+        return Reason.HOST_UNKNOWN, f"{target.host}: no address"
+    for address in addresses:
+        plain = unmapped(address)
+        if any(plain in network for network in allow_networks):
+            continue
+        if not is_public(plain):
+            return (
+                Reason.URL_REFUSED,
+                f"{target.host} is {address}, which is neither public nor in download.allow_networks",
+            )
+        if target.port not in allow_ports:
+            return Reason.URL_REFUSED, f"port {target.port} is not in download.allow_ports"
+    return None

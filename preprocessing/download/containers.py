@@ -4,7 +4,9 @@ A decoder is never shown a file that these few lines refuse, and of the others o
 profiles, thumbnails and EXIF, where most of the decoders' surprises live, are left out (JPEG and PNG; WebP and GIF
 are handed on as they are, since their readers leave metadata alone).
 
-Allowed are JPEG, PNG, WebP and GIF, by their first bytes; a file's name and its Content-Type say nothing.
+Allowed are JPEG, PNG, WebP and GIF, by their first bytes; a file's name and its Content-Type say nothing. What stands
+behind a file's end marker (a ZIP archive, a script, a second picture) is dropped: a decoder never sees it, and it is
+never stored.
 """
 
 import re
@@ -23,9 +25,15 @@ _JPEG_SOI = b"\xff\xd8"
 _JPEG_EOI, _JPEG_SOS, _JPEG_APP1 = 0xD9, 0xDA, 0xE1
 _JPEG_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and the restart markers have no length
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
-# APP1 to APP13, APP15 and comments: EXIF, XMP, color profiles, further pictures. APP0 and APP14 tell of the colors.
-_JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
-_JPEG_NEXT_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+# All APPn and comments: EXIF, XMP, color profiles, thumbnails, further pictures. Of APP0 (JFIF) and APP14 (Adobe) only
+# what tells of the colors is written anew.
+_JPEG_METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})
+_JPEG_APP0, _JPEG_APP14 = 0xE0, 0xEE
+_JFIF = b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
+_MAX_JPEG_SCANS = 50  # encoders write about ten; a thousand over a large picture is an attack on the processor
+_MAX_PIECES = 100_000  # segments or chunks, likewise
+_JPEG_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _EXIF_PREFIX = b"Exif\0\0"
 _EXIF_ORIENTATION, _EXIF_SHORT = 0x0112, 3
 
@@ -45,6 +53,49 @@ class ImageRefused(ValueError):  # noqa: N818 - a verdict on a row, not a failur
 
 
 @dataclass(frozen=True)
+class JpegFrame:
+    """How a JPEG holds its pixels.
+
+    Attributes:
+        process: The frame's marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare.
+        precision: Bits a sample.
+        components: Identifier, horizontal and vertical sampling factor of each.
+        adobe_transform: Of the Adobe segment; None without one.
+        has_jfif: Whether there is a JFIF segment.
+    """
+
+    process: int
+    precision: int
+    components: tuple[tuple[int, int, int], ...]
+    adobe_transform: int | None = None
+    has_jfif: bool = False
+
+    @property
+    def is_common(self) -> bool:
+        """Whether every decoder reads it: 8 bits, Huffman-coded, gray or three components."""
+        return (
+            self.process in (_BASELINE, _EXTENDED, _PROGRESSIVE)
+            and self.precision == 8
+            and len(self.components) in (1, 3)
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every reader sees the same colors: YCbCr, baseline or progressive, chroma at full or half size."""
+        identifiers = bytes(component[0] for component in self.components)
+        samplings = [component[1:] for component in self.components]
+        return (
+            self.is_common
+            and self.process != _EXTENDED
+            and len(samplings) == 3
+            and self.adobe_transform in (None, 1)
+            and (self.has_jfif or self.adobe_transform == 1 or identifiers == b"\1\2\3")
+            and samplings[0] in ((1, 1), (2, 1), (1, 2), (2, 2))
+            and samplings[1:] == [(1, 1), (1, 1)]
+        )
+
+
+@dataclass(frozen=True)
 class Container:
     """A file that is whole, as far as its container tells.
 
@@ -54,6 +105,7 @@ class Container:
         height: Likewise.
         orientation: EXIF's, 1 to 8; 1 where the file says nothing.
         pixels: A file of the same format with nothing in it but what the pixels need.
+        jpeg: How its pixels are held; None for other formats.
     """
 
     format: Format
@@ -61,6 +113,7 @@ class Container:
     height: int
     orientation: int
     pixels: bytes
+    jpeg: JpegFrame | None = None
 
 
 def read_container(data: bytes) -> Container:
@@ -91,7 +144,7 @@ def read_container(data: bytes) -> Container:
     else:
         raise ImageRefused(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:16]!r}")
     if container.width < 1 or container.height < 1:
-        raise ImageRefused(Reason.IMAGE_BROKEN, f"{container.format} of {container.width} × {container.height} pixels")
+        raise _broken(f"{container.format} of {container.width} × {container.height} pixels")
     return container
 
 
@@ -99,40 +152,65 @@ def _truncated(what: str, data: bytes) -> ImageRefused:
     return ImageRefused(Reason.IMAGE_TRUNCATED, f"{what} after {len(data)} bytes")
 
 
+def _broken(detail: str) -> ImageRefused:
+    return ImageRefused(Reason.IMAGE_BROKEN, detail)
+
+
 def _read_jpeg(data: bytes) -> Container:
     """Walks the markers to the end of the image: one inside a thumbnail must not count."""
-    size: tuple[int, int] | None = None
-    orientation = 1
-    kept = [_JPEG_SOI]
+    frames: list[tuple[int, bytes]] = []
+    orientation, adobe_transform, has_jfif, num_scans = 1, None, False, 0
+    kept: list[bytes] = []
+    for marker, segment, whole in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
+            frames.append((marker, segment))
+        elif marker == _JPEG_APP1 and segment.startswith(_EXIF_PREFIX):
+            orientation = exif_orientation(segment)
+        elif marker == _JPEG_APP0 and segment.startswith(b"JFIF\0"):
+            has_jfif = True
+        elif marker == _JPEG_APP14 and segment.startswith(b"Adobe") and len(segment) >= 12:
+            adobe_transform = segment[11]
+        elif marker == _JPEG_SOS:
+            num_scans += 1
+        if num_scans > _MAX_JPEG_SCANS:
+            raise _broken(f"JPEG of over {_MAX_JPEG_SCANS} scans")
+        if marker not in _JPEG_METADATA:
+            kept.append(whole)
+    if len(frames) != 1:
+        raise _broken(f"JPEG of {len(frames)} frames")
+    (process, header) = frames[0]
+    if len(header) < 6 or len(header) < 6 + 3 * header[5]:
+        raise _broken("JPEG frame header too short")
+    components = tuple((header[at], header[at + 1] >> 4, header[at + 1] & 15) for at in range(6, 6 + 3 * header[5], 3))
+    frame = JpegFrame(process, header[0], components, adobe_transform, has_jfif)
+    size = int.from_bytes(header[3:5], "big"), int.from_bytes(header[1:3], "big")
+    colors = _JFIF if has_jfif else b""
+    if adobe_transform is not None:
+        colors += b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + bytes([adobe_transform])
+    return Container("JPEG", *size, orientation, b"".join([_JPEG_SOI, colors, *kept, b"\xff\xd9"]), frame)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Marker, body and whole of each segment up to the end of the image; a scan's coded data belongs to its whole."""
     position = 2
-    while True:
+    for _ in range(_MAX_PIECES):
         marker, position = _next_jpeg_marker(data, position)
         if marker == _JPEG_EOI:
-            break
+            return
         if marker in _JPEG_STANDALONE:
             continue
-        end = position + int.from_bytes(data[position : position + 2], "big")
-        if position + 2 > len(data) or end > len(data):
+        start = position
+        position += int.from_bytes(data[start : start + 2], "big")
+        if start + 2 > len(data) or position > len(data):
             raise _truncated(f"JPEG ends inside segment 0x{marker:02X}", data)
-        segment = data[position + 2 : end]
-        if marker in _JPEG_FRAMES:
-            if len(segment) < 6:
-                raise ImageRefused(Reason.IMAGE_BROKEN, "JPEG frame header too short")
-            size = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
-        if marker == _JPEG_APP1 and segment.startswith(_EXIF_PREFIX):
-            orientation = exif_orientation(segment)
-        start = position - 2
-        position = end
+        segment = data[start + 2 : position]
         if marker == _JPEG_SOS:  # entropy-coded data follows, up to the next real marker
-            found = _JPEG_NEXT_MARKER.search(data, end)
+            found = _JPEG_NEXT_MARKER.search(data, position)
             if found is None:
                 raise _truncated("JPEG without its end marker", data)
             position = found.start()
-        if marker not in _JPEG_METADATA:
-            kept.append(data[start:position])
-    if size is None:
-        raise ImageRefused(Reason.IMAGE_BROKEN, "JPEG without a frame")
-    return Container("JPEG", *size, orientation, b"".join([*kept, b"\xff\xd9"]))
+        yield marker, segment, b"\xff" + data[start - 1 : position]
+    raise _broken(f"JPEG of over {_MAX_PIECES:,} segments")
 
 
 def _next_jpeg_marker(data: bytes, position: int) -> tuple[int, int]:
@@ -151,8 +229,10 @@ def _read_png(data: bytes) -> Container:
     size: tuple[int, int] | None = None
     orientation = 1
     kept = [_PNG_SIGNATURE]
-    for kind, start, end in _png_chunks(data):
+    for number, (kind, start, end) in enumerate(_png_chunks(data)):
         body = data[start + 8 : end - 4]
+        if (kind == b"IHDR") != (number == 0) or number > _MAX_PIECES:
+            raise _broken(f"PNG has {kind!r} as chunk {number}")
         if kind == b"IHDR" and len(body) == 13:
             size = int.from_bytes(body[:4], "big"), int.from_bytes(body[4:8], "big")
         if kind == b"eXIf":
@@ -160,7 +240,7 @@ def _read_png(data: bytes) -> Container:
         if kind in _PNG_PIXEL_CHUNKS:
             kept.append(data[start:end])
     if size is None:
-        raise ImageRefused(Reason.IMAGE_BROKEN, "PNG without a header")
+        raise _broken("PNG without a header")
     return Container("PNG", *size, orientation, b"".join(kept))
 
 
@@ -192,7 +272,7 @@ def _read_webp(data: bytes) -> Container:
     elif kind == b"VP8 ":
         size = int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
     else:
-        raise ImageRefused(Reason.IMAGE_BROKEN, f"WebP that begins with chunk {kind!r}")
+        raise _broken(f"WebP that begins with chunk {kind!r}")
     return Container("WEBP", *size, _webp_orientation(data, end), data[:end])
 
 
@@ -228,9 +308,9 @@ def _read_gif(data: bytes) -> Container:
         elif position + 10 >= len(data):
             raise _truncated("GIF without its trailer", data)
         else:
-            raise ImageRefused(Reason.IMAGE_BROKEN, f"GIF has an unknown block at byte {position}")
+            raise _broken(f"GIF has an unknown block at byte {position}")
     if num_frames == 0:
-        raise ImageRefused(Reason.IMAGE_BROKEN, "GIF without a frame")
+        raise _broken("GIF without a frame")
     return Container("GIF", width, height, 1, data)
 
 

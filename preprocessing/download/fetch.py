@@ -1,16 +1,9 @@
-"""Fetches pictures with img2dataset, in a child process, and believes its rows and not its exit code.
+"""Runs the engine in a child process, and believes its rows and not its exit code.
 
-One child fetches many shards, since starting it takes seconds. It gets one Parquet file a shard, and numbers its own
+One child fetches many shards, since starting it takes a second. It gets one Parquet file a shard, and numbers its own
 shards by position among the sorted files; so the n-th file given is its shard n. It writes each shard's rows, then a
-``_stats.json``; a shard is done when both can be read. What img2dataset is known for is dealt with here: it ends with 0
-when shards failed, drops rows on errors of its own, hangs for ever when a worker is killed, and takes an empty stats
-file for a finished shard.
-
-It re-encodes nothing: the bytes come as the server sent them. Opt-out headers (``X-Robots-Tag`` with noai, noimageai,
-noindex or noimageindex) are respected; with ``download.retries`` it asks again for opted-out pictures, too, in vain.
-Its time limit is per read from the socket: a server that drips bytes can hold a thread for ever, which is a stall.
-
-Source: img2dataset 1.47.0, ``main.py``, ``reader.py``, ``downloader.py``, ``writer.py``.
+``_stats.json``; a shard is done when both can be read. A child that dies, stalls, or ends without having done
+everything is started once more for what is missing. What said no to the first is not asked again by the second.
 """
 
 import contextlib
@@ -33,41 +26,41 @@ from infra.errors import TransientError
 from infra.processes import GuardedProcess
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.reasons import Reason
+from preprocessing.download.addresses import Verdict
+from preprocessing.download.images import NormalizedImage
+from preprocessing.download.jobs import EngineJob
 
 LOGGER = logging.getLogger(__name__)
 
-REQUESTS = pa.schema([pa.field("uid", pa.string(), nullable=False), pa.field("url", pa.string(), nullable=False)])
+REQUESTS = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("expected_md5", pa.string()),
+        pa.field("expected_sha256", pa.string()),
+    ]
+)
 NUM_ATTEMPTS = 2
-MAX_DETAIL_CHARS = 200
 
-# Not its command line, which would guess types from text: a user agent "1e3" would arrive as a number.
-_CHILD = "import json, sys, img2dataset; img2dataset.download(**json.loads(sys.argv[1]))"
-# What img2dataset imports in each of its processes and, the way it is called here, never uses: resizing, reporting,
-# tar files (which import torch). Empty modules stand in for them, and it starts in a quarter of the time.
-_NEVER_USED = ("albumentations", "wandb", "webdataset")
+_ENGINE = ["-m", "preprocessing.download.engine"]
+_ROOT = Path(__file__).resolve().parents[2]  # where `-m` finds it, installed or not
 _POLL_S = 0.2
 _GRACE_S = 5.0
 _BATCH_ROWS = 64
 _ID_DIGITS = 8
-_BYTES_COLUMN = "jpg"  # named by `encode_format`, whatever the bytes are
-_WITHHELD = re.compile(r"_proxy$|^(aws|prefect|wandb)_|token|secret|password|credential|api_?key", re.IGNORECASE)
-
-# The first that is found in img2dataset's message decides.
-_REASONS = tuple(
-    (re.compile(pattern, re.IGNORECASE), reason)
-    for pattern, reason in (
-        (r"X-Robots-Tag", Reason.OPTED_OUT),
-        (r"redirection to url .* is not allowed", Reason.URL_REFUSED),
-        (r"HTTP Error 4\d\d", Reason.HTTP_CLIENT_ERROR),
-        (r"HTTP Error 5\d\d", Reason.HTTP_SERVER_ERROR),
-        (r"IncompleteRead", Reason.IMAGE_TRUNCATED),
-        (r"timed out|timeout", Reason.TIMED_OUT),
-        (r"name or service not known|name resolution|nodename nor servname", Reason.HOST_UNKNOWN),
-        (r"no address associated|getaddrinfo|Errno -[235]\b", Reason.HOST_UNKNOWN),
-        (r"refused|reset by peer|unreachable|no route|broken pipe|network is down", Reason.CONNECTION_FAILED),
-        (r"connection aborted|closed connection|\bssl\b|certificate|EOF occurred", Reason.CONNECTION_FAILED),
-    )
+_COLUMNS = (
+    "uid",
+    "jpg",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "sha256",
+    "status",
+    "error_message",
+    "reason",
 )
+_WITHHELD = re.compile(r"_proxy$|^(aws|prefect|wandb)_|token|secret|password|credential|api_?key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,20 +69,16 @@ class FetchedRow:
 
     Attributes:
         uid: As given.
-        data: The bytes as they arrived; None where nothing did.
-        sha256: Of the bytes, by img2dataset; None where nothing came.
-        error: img2dataset's message; None where something came.
+        result: The picture; or reason and detail.
     """
 
     uid: str
-    data: bytes | None
-    sha256: str | None
-    error: str | None
+    result: NormalizedImage | Verdict
 
 
 @dataclass(frozen=True)
 class FetchedShard:
-    """A shard that img2dataset has finished; its rows are read a few at a time, in any order, and may not be all."""
+    """A shard that the engine has finished; its rows are read a few at a time, in any order, and may not be all."""
 
     index: int
     path: Path
@@ -97,20 +86,18 @@ class FetchedShard:
     def batches(self) -> Iterator[list[FetchedRow]]:
         """Yields rows, at most a few dozen pictures in memory at once."""
         with pq.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=["uid", _BYTES_COLUMN, "sha256", "error_message"]):
-                yield [
-                    FetchedRow(row["uid"], row[_BYTES_COLUMN], row["sha256"], row["error_message"])
-                    for row in batch.to_pylist()
-                ]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(_COLUMNS)):
+                yield [FetchedRow(row["uid"], _result(row)) for row in batch.to_pylist()]
 
 
-def reason_of(message: str) -> tuple[Reason, str]:
-    """The drop reason that img2dataset's message amounts to, and the message cut to a readable length."""
-    detail = message[:MAX_DETAIL_CHARS]
-    for pattern, reason in _REASONS:
-        if pattern.search(message):
-            return reason, detail
-    return Reason.DOWNLOAD_FAILED, detail
+def _result(row: Mapping[str, Any]) -> NormalizedImage | Verdict:
+    if row["reason"] is not None:
+        return Reason(row["reason"]), row["error_message"] or ""
+    if row["jpg"] is None or row["status"] != "success":
+        return Reason.DOWNLOAD_FAILED, f"the engine says {row['status']!r}, and gives neither picture nor reason"
+    return NormalizedImage(
+        row["jpg"], row["width"], row["height"], row["original_width"], row["original_height"], row["sha256"]
+    )
 
 
 def fetch_shards(requests: Mapping[int, pa.Table], config: DownloadConfig, scratch: Path) -> Iterator[FetchedShard]:
@@ -121,7 +108,7 @@ def fetch_shards(requests: Mapping[int, pa.Table], config: DownloadConfig, scrat
 
     Args:
         requests: Shard → its rows in the ``REQUESTS`` schema; at least one row each.
-        config: How to fetch; addresses are not checked here.
+        config: How to fetch.
         scratch: Folder for files on their way.
 
     Yields:
@@ -130,13 +117,14 @@ def fetch_shards(requests: Mapping[int, pa.Table], config: DownloadConfig, scrat
     Raises:
         TransientError: Shards are still missing after the second child; names them and quotes its log.
     """
+    opted_out = scratch / "opted_out.txt"  # for as long as the scratch folder: over children, and over calls
     missing = sorted(requests)
     why = last_lines = ""
     for attempt in range(1, NUM_ATTEMPTS + 1):
         if not missing:
             return
-        with tempfile.TemporaryDirectory(prefix="img2dataset-", dir=scratch) as folder:
-            child = _Child([(index, requests[index]) for index in missing], config, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="engine-", dir=scratch) as folder:
+            child = _Child([(index, requests[index]) for index in missing], config, Path(folder), opted_out)
             # Closed here, whoever stops listening: the child must be gone before its folder is.
             with contextlib.closing(child.shards()) as shards:
                 for shard in shards:
@@ -144,7 +132,7 @@ def fetch_shards(requests: Mapping[int, pa.Table], config: DownloadConfig, scrat
                     yield shard
                     shard.path.unlink()
         last_lines = child.last_lines
-        why = f"img2dataset {child.ended} and left {len(missing)} shards undone ({_some(missing)})"
+        why = f"the engine {child.ended} and left {len(missing)} shards undone ({_some(missing)})"
         if missing:
             LOGGER.warning("download: %s, attempt %d of %d", why, attempt, NUM_ATTEMPTS)
     if missing:
@@ -152,36 +140,45 @@ def fetch_shards(requests: Mapping[int, pa.Table], config: DownloadConfig, scrat
 
 
 class _Child:
-    """One run of img2dataset over some shards.
+    """One run of the engine over some shards.
 
     Attributes:
         ended: How it ended, as a phrase.
         last_lines: Of its log.
     """
 
-    def __init__(self, shards: Sequence[tuple[int, pa.Table]], config: DownloadConfig, folder: Path) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[int, pa.Table]], config: DownloadConfig, folder: Path, opted_out: Path
+    ) -> None:
         self.ended = "did not start"
         self.last_lines = ""
-        self._indices = [index for index, _ in shards]  # by img2dataset's own shard number
+        self._indices = [index for index, _ in shards]  # by the engine's own shard number
         self._config = config
         self._folder = folder
         self._requests = folder / "requests"
         self._results = folder / "results"
-        self._stand_ins = folder / "stand-ins"
-        for subfolder in (self._requests, self._results, self._stand_ins):
+        for subfolder in (self._requests, self._results):
             subfolder.mkdir()
-        for name in _NEVER_USED:
-            (self._stand_ins / f"{name}.py").touch()
         for number, (_, table) in enumerate(shards):
-            pq.write_table(table.select(REQUESTS.names), self._requests / f"{number:0{_ID_DIGITS}d}.parquet")
-        self._longest = max(table.num_rows for _, table in shards)
+            pq.write_table(table.cast(REQUESTS), self._requests / f"{number:0{_ID_DIGITS}d}.parquet")
+        job = EngineJob(
+            input=self._requests,
+            output=self._results,
+            config=config,
+            columns=tuple(name for name in REQUESTS.names if name != "url"),
+            rows_per_shard=max(table.num_rows for _, table in shards),  # one file, one shard
+            num_digits=_ID_DIGITS,
+            opted_out=opted_out,
+        )
+        self._job = folder / "job.json"
+        self._job.write_text(job.model_dump_json())
 
     def shards(self) -> Generator[FetchedShard, None, None]:
         """Starts the child and yields shards as they appear, until all have or the child has ended or stalled."""
         left = set(range(len(self._indices)))
         process = GuardedProcess(
-            [sys.executable, "-P", "-c", _CHILD, json.dumps(self._arguments())],
-            env=child_environment(os.environ, self._stand_ins),
+            [sys.executable, "-P", *_ENGINE, "--job", str(self._job)],
+            env=child_environment(os.environ),
             cwd=self._folder,
             log_path=self._log,
             grace_s=_GRACE_S,
@@ -229,40 +226,15 @@ class _Child:
         sizes = [file.stat().st_size for file in files if file.is_file()]
         return len(sizes), sum(sizes)
 
-    def _arguments(self) -> dict[str, Any]:
-        config = self._config
-        return {
-            "url_list": str(self._requests),
-            "output_folder": str(self._results),
-            "input_format": "parquet",
-            "url_col": "url",
-            "save_additional_columns": ["uid"],
-            "number_sample_per_shard": self._longest,  # one file, one shard
-            "oom_shard_count": _ID_DIGITS,
-            "output_format": "parquet",
-            "encode_format": _BYTES_COLUMN,
-            "resize_mode": "no",
-            "disable_all_reencoding": True,
-            "compute_hash": "sha256",
-            "extract_exif": False,
-            "enable_wandb": False,
-            "timeout": config.timeout_s,
-            "retries": config.retries,
-            "processes_count": config.num_processes,
-            "thread_count": config.num_threads,
-            "user_agent_token": config.user_agent_token,
-        }
 
-
-def child_environment(environment: Mapping[str, str], modules: Path) -> dict[str, str]:
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process that talks to strangers: no proxies, no secrets, no reporting home.
 
     Args:
         environment: Ours.
-        modules: A folder of modules that go before all others.
     """
     kept = {name: value for name, value in environment.items() if not _WITHHELD.search(name)}
-    paths = [str(modules), *filter(None, [kept.get("PYTHONPATH")])]
+    paths = [str(_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "no_proxy": "*"}
 
 

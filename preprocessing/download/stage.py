@@ -1,16 +1,13 @@
 """The download stage: from selected rows to rows with pictures.
 
-For each shard: judge the URLs by address, let img2dataset fetch the rest, check and normalize what came, and give
-every row that did not make it a reason.
+For each shard: set aside what the ledger says need not be asked, let the engine fetch and normalize the rest, join what
+came with what was asked for, give every row that did not make it a reason, and note that in the ledger.
 """
 
-import concurrent.futures
-import functools
 import io
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,49 +22,57 @@ from preprocessing.contracts.digests import digest_of
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import DOWNLOADED, SELECTED
-from preprocessing.download.addresses import Target, Verdict, check_urls
-from preprocessing.download.containers import ImageRefused
-from preprocessing.download.fetch import MAX_DETAIL_CHARS, REQUESTS, FetchedRow, FetchedShard, fetch_shards, reason_of
-from preprocessing.download.images import NormalizedImage, normalize_image
-from preprocessing.stage import RowsFile, ShardOutput, rejects_table
+from preprocessing.download.addresses import Verdict
+from preprocessing.download.fetch import REQUESTS, fetch_shards
+from preprocessing.download.images import NormalizedImage
+from preprocessing.download.ledger import Ledger
+from preprocessing.stage import RowsFile, ShardOutput, find_report, rejects_table
 
 LOGGER = logging.getLogger(__name__)
 
-STAGE_VERSION = 1
+STAGE_VERSION = 3
 
-_SHARDS_A_CHILD = (
-    256  # bounds what waits on the local disk, and how long name resolution takes before the first picture
-)
-_MAX_THREADS = 8  # each may hold a decoded picture of `max_image_area_px`
+_SHARDS_A_CHILD = 256  # bounds what waits on the local disk
 _UNREACHABLE = frozenset({Reason.HOST_UNKNOWN, Reason.CONNECTION_FAILED, Reason.TIMED_OUT})
+_NO_ANSWER = _UNREACHABLE | {Reason.URL_REFUSED}
+_LOST: Verdict = Reason.LOST_BY_DOWNLOADER, "the engine says nothing about this row"
 
 
 @dataclass(frozen=True)
-class _Selected:
-    """A shard of selected rows, and what the preflight says of each row's URL."""
+class _Made:
+    """A shard as it came.
 
-    index: int
-    table: pa.Table
-    verdicts: Mapping[str, Target | Verdict]
+    Attributes:
+        output: All of its rows.
+        outcomes: Of the rows that were asked for: a reason, or ``""`` for a picture, and how many.
+    """
 
-    def requests(self) -> pa.Table:
-        """The rows that may be asked for, in the ``REQUESTS`` schema."""
-        wanted = [
-            (uid, verdict.url)
-            for uid, url in zip(self.column("uid"), self.column("url"), strict=True)
-            if isinstance(verdict := self.verdicts[url], Target)
-        ]
-        return pa.table({"uid": [uid for uid, _ in wanted], "url": [url for _, url in wanted]}, schema=REQUESTS)
+    output: ShardOutput
+    outcomes: Counter[str]
 
-    def column(self, name: str) -> list[str]:
-        return self.table.column(name).to_pylist()
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether nobody answered: at least one row was asked for, and each such row's host could not be reached."""
+        unreachable = sum(self.outcomes[reason] for reason in _UNREACHABLE)
+        return 0 < unreachable == self._num_sent
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether any server has answered anything."""
+        return self._num_sent > sum(self.outcomes[reason] for reason in _UNREACHABLE)
+
+    @property
+    def _num_sent(self) -> int:
+        return self.outcomes.total() - self.outcomes[Reason.URL_REFUSED]
 
 
 class DownloadStage:
     """Fetches the pictures of a selected dataset.
 
     Every selected shard becomes one shard with the rows whose picture arrived whole, in the selected order. The digest
-    names what was asked for; what the world answered at the time is kept by the manifest.
+    names what was asked for; what the world answered at the time is kept by the manifest. Shards depend on nothing but
+    their own rows: `preprocessing.stage.run_shards` makes some of them, in as many tasks or on as many machines as one
+    likes.
 
     Args:
         store: Where datasets stand.
@@ -82,6 +87,7 @@ class DownloadStage:
         self._store = store
         self._selected = selected
         self._config = config
+        self._ledger = Ledger(store, self.digest, config)
 
     @property
     def digest(self) -> str:
@@ -119,49 +125,78 @@ class DownloadStage:
         and no row is refused for it.
 
         Raises:
-            TransientError: Nothing could be reached, or img2dataset failed twice.
+            TransientError: Nothing could be reached, or the engine failed twice.
+            GateError: Less of a shard came than ``download.min_shard_success_rate``; it is not kept.
         """
-        held: list[ShardOutput] = []
-        has_answer = len(indices) < self.num_shards
-        for output in self._make(indices, scratch):
-            has_answer = has_answer or not is_unreachable(output)
-            if not has_answer:
-                held.append(output)
+        held: list[_Made] = []
+        has_answer = False
+        for made in self._make(indices, scratch):
+            has_answer = has_answer or made.has_answer
+            if made.is_unreachable and not has_answer:
+                has_answer = not held and self._has_committed_answer(indices)
+            if made.is_unreachable and not has_answer:
+                held.append(made)
                 continue
-            yield output
-            yield from held
-            held.clear()
+            yield self._checked(made)
+            if has_answer:
+                yield from map(self._checked, held)
+                held.clear()
         if held:
-            num_in = sum(output.num_in for output in held)
-            raise TransientError(f"{_arrived(0, num_in, _count(held))}; nothing of it is kept")
+            num_in = sum(made.output.num_in for made in held)
+            dropped = sum((made.outcomes for made in held), Counter())
+            raise TransientError(f"{_arrived(0, num_in, dropped)}; nothing of it is kept")
 
-    def _make(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
+    def _make(self, indices: Sequence[int], scratch: Path) -> Iterator[_Made]:
         for start in range(0, len(indices), _SHARDS_A_CHILD):
-            shards = self._preflight(indices[start : start + _SHARDS_A_CHILD])
-            requests = {index: shard.requests() for index, shard in shards.items()}
-            for index in [index for index, table in requests.items() if table.num_rows == 0]:
-                del requests[index]
-                yield self._finish(shards[index], ())
+            some = indices[start : start + _SHARDS_A_CHILD]
+            tables = {index: read_selected(self._store, self._selected, index) for index in some}
+            remembered = {index: self._ledger.remembered(table) for index, table in tables.items()}
+            asked = {index: _without(table, remembered[index]) for index, table in tables.items()}
+            for index, table in asked.items():
+                if table.num_rows == 0:
+                    yield _Made(shard_output(index, tables[index], remembered[index]), Counter())
+            requests = {index: requests_of(table) for index, table in asked.items() if table.num_rows}
             for fetched in fetch_shards(requests, self._config, scratch):
-                yield self._finish(shards[fetched.index], _rows(fetched))
+                index = fetched.index
+                found = {row.uid: row.result for batch in fetched.batches() for row in batch}
+                found = {uid: found.get(uid, _LOST) for uid in asked[index].column("uid").to_pylist()}
+                self._ledger.record(index, asked[index], found)
+                outcomes = Counter(
+                    "" if isinstance(result, NormalizedImage) else result[0] for result in found.values()
+                )
+                yield _Made(shard_output(index, tables[index], {**remembered[index], **found}), outcomes)
 
-    def _preflight(self, indices: Sequence[int]) -> dict[int, _Selected]:
-        tables = {index: read_selected(self._store, self._selected, index) for index in indices}
-        urls = {url for table in tables.values() for url in table.column("url").to_pylist()}
-        verdicts = check_urls(urls, self._config.allow_networks)
-        return {index: _Selected(index, table, verdicts) for index, table in tables.items()}
+    def _has_committed_answer(self, but: Sequence[int]) -> bool:
+        """Whether a shard that was committed earlier tells of an answer."""
+        for index in sorted(set(range(self.num_shards)) - set(but)):
+            report = find_report(self._store, self, index)
+            if report is not None and report.num_in > sum(report.dropped.get(r, 0) for r in _NO_ANSWER):
+                return True
+        return False
 
-    def _finish(self, shard: _Selected, fetched: Iterable[list[FetchedRow]]) -> ShardOutput:
-        results: dict[str, NormalizedImage | Verdict] = {}
-        with concurrent.futures.ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-            for batch in fetched:
-                done = pool.map(functools.partial(normalize_row, config=self._config), batch)
-                results.update(zip((row.uid for row in batch), done, strict=True))
-        return shard_output(shard.index, shard.table, shard.verdicts, results)
+    def _checked(self, made: _Made) -> ShardOutput:
+        num_asked, least = made.outcomes.total(), self._config.min_shard_success_rate
+        rate = made.outcomes[""] / num_asked if num_asked else 1.0
+        if rate < least:
+            said = _arrived(made.outcomes[""], num_asked, made.outcomes - Counter({"": num_asked}))
+            raise GateError(
+                f"{said} (shard {made.output.index}: {rate:.3f} is under download.min_shard_success_rate = {least:g}; "
+                "it is not kept, and asked for again by the next run)"
+            )
+        return made.output
 
 
-def _rows(shard: FetchedShard) -> Iterator[list[FetchedRow]]:
-    yield from shard.batches()
+def _without(table: pa.Table, uids: Mapping[str, Verdict]) -> pa.Table:
+    if not uids:
+        return table
+    return table.filter(pa.array([uid not in uids for uid in table.column("uid").to_pylist()]))
+
+
+def requests_of(table: pa.Table) -> pa.Table:
+    """What the engine is told of selected rows, in the ``REQUESTS`` schema."""
+    columns = [table.column(name) if name in table.column_names else None for name in REQUESTS.names]
+    nothing = pa.nulls(table.num_rows, pa.string())
+    return pa.table([nothing if column is None else column for column in columns], names=REQUESTS.names).cast(REQUESTS)
 
 
 def read_selected(store: ObjectStore, selected: Manifest, index: int) -> pa.Table:
@@ -190,34 +225,12 @@ def read_selected(store: ObjectStore, selected: Manifest, index: int) -> pa.Tabl
     return table.cast(SELECTED).combine_chunks()
 
 
-def normalize_row(row: FetchedRow, config: DownloadConfig) -> NormalizedImage | Verdict:
-    """What becomes of one fetched row: the boundary at which any failure turns into that row's drop reason."""
-    if row.data is None:
-        return reason_of(row.error or "img2dataset gave neither bytes nor an error")
-    try:
-        picture = normalize_image(row.data, config)
-    except ImageRefused as refused:
-        return refused.reason, refused.detail[:MAX_DETAIL_CHARS]
-    except Exception as error:  # one strange picture must not end the stage
-        LOGGER.exception("download: the picture of row %s is refused", row.uid)
-        return Reason.IMAGE_BROKEN, f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARS]
-    if row.sha256 is not None and row.sha256 != picture.sha256:
-        return Reason.DOWNLOAD_FAILED, "its bytes changed between img2dataset and us"
-    return picture
-
-
-def shard_output(
-    index: int,
-    table: pa.Table,
-    verdicts: Mapping[str, Target | Verdict],
-    results: Mapping[str, NormalizedImage | Verdict],
-) -> ShardOutput:
+def shard_output(index: int, table: pa.Table, results: Mapping[str, NormalizedImage | Verdict]) -> ShardOutput:
     """Joins selected rows with what came of them; a row of which nothing is known is ``LOST_BY_DOWNLOADER``.
 
     Args:
         index: Of the shard.
         table: Selected rows.
-        verdicts: URL → what the preflight said.
         results: uid → picture, or reason and detail.
 
     Returns:
@@ -229,9 +242,7 @@ def shard_output(
     for position, (uid, url) in enumerate(
         zip(table.column("uid").to_pylist(), table.column("url").to_pylist(), strict=True)
     ):
-        verdict = verdicts[url]
-        lost = (Reason.LOST_BY_DOWNLOADER, "img2dataset says nothing about this row")
-        result = results.get(uid, lost) if isinstance(verdict, Target) else verdict
+        result = results.get(uid, _LOST)
         if isinstance(result, NormalizedImage):
             kept.append(position)
             pictures.append(result)
@@ -239,7 +250,7 @@ def shard_output(
             rejects.append((uid, url, result[0].value, result[1]))
     rows = RowsFile(f"shard-{index:05d}.parquet", _with_pictures(table.take(pa.array(kept, pa.int64())), pictures))
     columns = [list(column) for column in zip(*rejects, strict=True)] or [[], [], [], []]
-    return ShardOutput(index, table.num_rows, (rows,), rejects_table(*columns))
+    return ShardOutput(index, table.num_rows, (rows,), rejects_table(*columns), is_repeatable=False)
 
 
 def _with_pictures(table: pa.Table, pictures: Sequence[NormalizedImage]) -> pa.Table:
@@ -258,13 +269,6 @@ def _with_pictures(table: pa.Table, pictures: Sequence[NormalizedImage]) -> pa.T
     )
 
 
-def is_unreachable(output: ShardOutput) -> bool:
-    """Whether nobody answered: at least one row was asked for, and each such row's host could not be reached."""
-    dropped = _count([output])
-    num_asked = output.num_in - dropped[Reason.URL_REFUSED]
-    return 0 < num_asked == sum(dropped[reason] for reason in _UNREACHABLE)
-
-
 def check_gate(manifest: Manifest, config: DownloadConfig) -> None:
     """Refuses a dataset of which too little arrived.
 
@@ -277,10 +281,6 @@ def check_gate(manifest: Manifest, config: DownloadConfig) -> None:
     rate = manifest.num_out / manifest.num_in
     if rate < config.min_success_rate:
         raise GateError(f"{said} ({rate:.3f} is under download.min_success_rate = {config.min_success_rate:g})")
-
-
-def _count(outputs: Iterable[ShardOutput]) -> Counter[str]:
-    return Counter(reason for output in outputs for reason in output.rejects.column("reason").to_pylist())
 
 
 def _arrived(num_out: int, num_in: int, dropped: Mapping[str, int]) -> str:

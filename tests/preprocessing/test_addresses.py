@@ -2,6 +2,7 @@ import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,12 @@ from preprocessing.download.addresses import (
     MAX_URL_CHARS,
     Address,
     Target,
-    check_urls,
+    Verdict,
     is_public,
     parse_url,
+    refuse_addresses,
 )
+from preprocessing.download.resolver import Resolver, lookup
 
 # Refused by form: no resolver is asked.
 BAD_FORM = [
@@ -133,8 +136,22 @@ BAD_ADDRESS = [
 GOOD_ADDRESSES = ["1.1.1.1", "8.8.8.8", "100.63.255.255", "172.32.0.1", "193.0.0.1", "2606:4700::1111", "2a00:1450::1"]
 
 
-def _never(host: str) -> list[Address]:
-    raise AssertionError(f"{host!r} must not be resolved")
+def judge(url: str, allow_networks: Sequence[str] = (), ports: Sequence[int] = (80, 443)) -> Target | Verdict:
+    """As the client does it, with the system's resolver."""
+    target = parse_url(url)
+    if not isinstance(target, Target):
+        return target
+    try:
+        found = lookup(target.host)
+    except (OSError, UnicodeError):
+        return Reason.HOST_UNKNOWN, "a spelling that the resolver does not take"
+    return refuse_addresses(target, found, [ipaddress.ip_network(net) for net in allow_networks], ports) or target
+
+
+def target_of(url: str) -> Target:
+    target = parse_url(url)
+    assert isinstance(target, Target)
+    return target
 
 
 def test_the_tables_are_long_enough() -> None:
@@ -143,16 +160,15 @@ def test_the_tables_are_long_enough() -> None:
 
 @pytest.mark.parametrize("url", BAD_FORM)
 def test_refused_by_form(url: str) -> None:
-    verdict = check_urls([url], ["0.0.0.0/0", "::/0"], resolver=_never)[url]
+    verdict = parse_url(url)
     assert isinstance(verdict, tuple)
     assert verdict[0] is Reason.URL_REFUSED
     assert verdict[1]
 
 
 def test_refused_by_address() -> None:
-    verdicts = check_urls(BAD_ADDRESS)
-    for url in BAD_ADDRESS:
-        verdict = verdicts[url]
+    verdicts = {url: judge(url) for url in BAD_ADDRESS}
+    for url, verdict in verdicts.items():
         assert isinstance(verdict, tuple), url
         # A resolver that does not take a spelling has refused it as well; none may come through.
         assert verdict[0] in (Reason.URL_REFUSED, Reason.HOST_UNKNOWN), url
@@ -160,8 +176,10 @@ def test_refused_by_address() -> None:
 
 
 def test_public_addresses_pass() -> None:
-    urls = [f"http://[{host}]/a.jpg" if ":" in host else f"http://{host}/a.jpg" for host in GOOD_ADDRESSES]
-    assert check_urls(urls) == {url: Target(url, host) for url, host in zip(urls, GOOD_ADDRESSES, strict=True)}
+    for host in GOOD_ADDRESSES:
+        url = f"http://[{host}]/a.jpg" if ":" in host else f"http://{host}/a.jpg"
+        found = refuse_addresses(target_of(url), [ipaddress.ip_address(host)], (), (80, 443))
+        assert found is None
 
 
 @settings(deadline=None)
@@ -192,72 +210,130 @@ def test_allowed_networks() -> None:
         "http://10.1.2.3/",
         "http://10.2.0.1/",
     ]
-    verdicts = check_urls(urls, ["127.0.0.0/8", "10.1.0.0/16"])
-    assert [isinstance(verdicts[url], Target) for url in urls] == [True, True, False, True, False]
-    refused = verdicts["http://10.2.0.1/"]
+    verdicts = [judge(url, ["127.0.0.0/8", "10.1.0.0/16"]) for url in urls]
+    assert [isinstance(verdict, Target) for verdict in verdicts] == [True, True, False, True, False]
+    refused = verdicts[-1]
     assert isinstance(refused, tuple)
     assert "download.allow_networks" in refused[1]
 
 
-def test_every_answer_must_be_public() -> None:
-    answers: dict[str, list[Address]] = {
-        "both.example": [ipaddress.ip_address("1.1.1.1"), ipaddress.ip_address("10.0.0.1")],
-        "good.example": [ipaddress.ip_address("1.1.1.1"), ipaddress.ip_address("2606:4700::1111")],
-        "none.example": [],
-    }
-    verdicts = check_urls([f"http://{host}/" for host in answers], resolver=answers.__getitem__)
-    assert isinstance(verdicts["http://good.example/"], Target)
-    both, none = verdicts["http://both.example/"], verdicts["http://none.example/"]
-    assert isinstance(both, tuple)
-    assert both[0] is Reason.URL_REFUSED
-    assert isinstance(none, tuple)
-    assert none[0] is Reason.HOST_UNKNOWN
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (["1.1.1.1", "2606:4700::1111"], None),
+        (["1.1.1.1", "10.0.0.1"], Reason.URL_REFUSED),
+        (["10.0.0.1", "1.1.1.1"], Reason.URL_REFUSED),
+        (["2606:4700::1111", "::1"], Reason.URL_REFUSED),
+        ([], Reason.HOST_UNKNOWN),
+    ],
+)
+def test_every_answer_must_be_public(texts: list[str], reason: Reason | None) -> None:
+    found = refuse_addresses(
+        target_of("http://a.example/"), [ipaddress.ip_address(text) for text in texts], (), (80, 443)
+    )
+    assert (found and found[0]) == reason
 
 
-def test_each_host_is_resolved_once() -> None:
+def test_ports() -> None:
+    public, own = [ipaddress.ip_address("1.1.1.1")], [ipaddress.ip_address("10.0.0.1")]
+    networks = [ipaddress.ip_network("10.0.0.0/8")]
+    for url, is_allowed in (("http://a.example", True), ("https://a.example", True), ("http://a.example:443", True)):
+        assert (refuse_addresses(target_of(url), public, networks, (80, 443)) is None) == is_allowed
+    for port in (22, 25, 6379, 8080):
+        target = target_of(f"http://a.example:{port}/")
+        refused = refuse_addresses(target, public, networks, (80, 443))
+        assert refused is not None
+        assert "download.allow_ports" in refused[1]
+        assert refuse_addresses(target, own, networks, (80, 443)) is None  # one's own, on any port
+        assert refuse_addresses(target, public, networks, (80, 443, port)) is None
+
+
+def _public(host: str) -> list[Address]:
+    return [ipaddress.ip_address("1.1.1.1")]
+
+
+def test_each_host_is_resolved_once_however_many_ask() -> None:
+    asked: list[str] = []
+    release = threading.Event()
+
+    def look_up(host: str) -> list[Address]:
+        asked.append(host)
+        release.wait(30)
+        return _public(host)
+
+    resolver = Resolver(60, look_up)
+    found: list[tuple[Address, ...]] = []
+    threads = [
+        threading.Thread(
+            target=lambda host: found.append(resolver.addresses(host, 30)), args=(f"{number % 2}.example",)
+        )
+        for number in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert resolver.addresses("0.example", 30) == found[0]
+    assert sorted(asked) == ["0.example", "1.example"]
+    assert len(found) == 40
+    resolver.close()
+
+
+def test_answers_are_forgotten_after_a_while_and_when_there_are_too_many() -> None:
     asked: list[str] = []
 
-    def resolver(host: str) -> list[Address]:
+    def look_up(host: str) -> list[Address]:
         asked.append(host)
-        return [ipaddress.ip_address("1.1.1.1")]
+        return _public(host)
 
-    urls = [
-        f"http://{host}:{port}/{page}"
-        for host in ("A.example", "a.example", "b.example")
-        for port in (80, 81)
-        for page in "xy"
-    ]
-    verdicts = check_urls(urls, resolver=resolver)
-    assert sorted(asked) == ["a.example", "b.example"]
-    assert all(isinstance(verdict, Target) for verdict in verdicts.values())
+    brief = Resolver(1e-9, look_up)
+    for _ in range(3):
+        brief.addresses("a.example", 30)
+    assert asked == ["a.example"] * 3
+    small = Resolver(60, look_up, max_hosts=2)
+    asked.clear()
+    for host in "abcabc":
+        small.addresses(host, 30)
+    assert asked == list("abcabc")
+    brief.close()
+    small.close()
 
 
 def test_a_name_that_does_not_resolve() -> None:
-    def resolver(host: str) -> list[Address]:
+    asked: list[str] = []
+
+    def look_up(host: str) -> list[Address]:
+        asked.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    verdict = check_urls(["http://nowhere.invalid/"], resolver=resolver)["http://nowhere.invalid/"]
-    assert verdict == (Reason.HOST_UNKNOWN, "nowhere.invalid: Name or service not known")
+    resolver = Resolver(60, look_up)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Name or service not known"):
+            resolver.addresses("nowhere.invalid", 30)
+    assert asked == ["nowhere.invalid"]
+    resolver.close()
 
 
 def test_a_resolver_that_hangs_costs_bounded_time() -> None:
     release = threading.Event()
 
-    def resolver(host: str) -> list[Address]:
+    def look_up(host: str) -> list[Address]:
         if host == "hangs.example":
             release.wait(60)
-        return [ipaddress.ip_address("1.1.1.1")]
+        return _public(host)
 
+    resolver = Resolver(60, look_up, num_threads=2)
     started = time.monotonic()
     try:
-        verdicts = check_urls(["http://hangs.example/", "http://good.example/"], resolver=resolver, timeout_s=0.5)
+        with pytest.raises(TimeoutError):
+            resolver.addresses("hangs.example", 0.5)
+        assert resolver.addresses("good.example", 30) == tuple(_public(""))
     finally:
         release.set()
-    assert time.monotonic() - started < 30
-    assert isinstance(verdicts["http://good.example/"], Target)
-    hanging = verdicts["http://hangs.example/"]
-    assert isinstance(hanging, tuple)
-    assert hanging[0] is Reason.HOST_UNKNOWN
+    assert time.monotonic() - started < 20
+    assert resolver.addresses("hangs.example", 30) == tuple(_public(""))  # it came at last
+    resolver.close()
 
 
 @pytest.mark.parametrize(

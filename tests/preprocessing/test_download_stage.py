@@ -1,4 +1,4 @@
-"""The download stage against a real server and a real img2dataset; where only our side is meant, a child stands in."""
+"""The download stage against a real server and a real engine; where only our side is meant, a child stands in."""
 
 import logging
 import os
@@ -7,9 +7,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,16 +17,16 @@ import pytest
 from infra.errors import ContractError, GateError, TransientError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.config import DownloadConfig
-from preprocessing.contracts.digests import uid_of
 from preprocessing.contracts.manifest import Manifest, ShardReport, dataset_prefix
 from preprocessing.contracts.reasons import Reason
-from preprocessing.contracts.schemas import DOWNLOADED, SELECTED
+from preprocessing.contracts.schemas import DOWNLOADED
 from preprocessing.demo.server import awkward_path, picture_path, running_server
 from preprocessing.download import fetch
-from preprocessing.download.addresses import Target
-from preprocessing.download.fetch import REQUESTS, child_environment, fetch_shards, reason_of
-from preprocessing.download.stage import DownloadStage, check_gate, shard_output
-from preprocessing.stage import Progress, RowsFile, ShardOutput, rejects_table, run_stage
+from preprocessing.download.fetch import REQUESTS, child_environment, fetch_shards
+from preprocessing.download.images import NormalizedImage
+from preprocessing.download.stage import DownloadStage, check_gate, requests_of, shard_output
+from preprocessing.stage import Progress, RowsFile, run_shards, run_stage
+from tests.preprocessing.given import Given, rows_of
 
 SEED = 3
 CONFIG = DownloadConfig.model_validate(
@@ -59,41 +58,6 @@ KINDS: dict[str, Reason | None] = {
 }
 
 
-class Given:
-    """A stage whose shards are given: what `select` would have made of the URLs."""
-
-    name = "select"
-    version = 1
-    parents: dict[str, str] = {}  # noqa: RUF012 - read only
-    config: dict[str, Any] = {}  # noqa: RUF012 - read only
-
-    def __init__(self, shards: Sequence[Sequence[str]]) -> None:
-        self.digest = uid_of(repr(shards), "") * 2
-        self.num_shards = len(shards)
-        self._shards = shards
-
-    def specs(self) -> dict[str, dict[str, Any]]:
-        return {}
-
-    def write_extra_files(self, folder: Path) -> Sequence[Path]:
-        return ()
-
-    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        for index in indices:
-            table = rows_of(self._shards[index])
-            yield ShardOutput(
-                index, table.num_rows, (RowsFile(f"shard-{index:05d}.parquet", table),), rejects_table([], [], [], [])
-            )
-
-
-def rows_of(urls: Sequence[str]) -> pa.Table:
-    rows = [
-        {"uid": uid_of(url, ""), "url": url, "caption": f"caption {number}", "punsafe": 0.01, "split": "train"}
-        for number, url in enumerate(urls)
-    ]
-    return pa.Table.from_pylist(rows, schema=SELECTED)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
     return open_store(str(tmp_path / "store"))
@@ -116,11 +80,12 @@ def rejected(store: ObjectStore, manifest: Manifest) -> dict[str, tuple[str, str
 
 def arrived(store: ObjectStore, manifest: Manifest, index: int) -> pa.Table:
     prefix = dataset_prefix(manifest.stage, manifest.digest)
-    return pq.read_table(pa.BufferReader(store.read(f"{prefix}/shard-{index:05d}.parquet")))
+    (file,) = [file for file in manifest.shards[index].files if file.kind == "rows"]
+    return pq.read_table(pa.BufferReader(store.read(f"{prefix}/{file.name}")))
 
 
-def kill_img2dataset(folder: Path) -> list[int]:
-    """Kills the child that works below a folder, as the kernel does when memory runs out."""
+def kill_engine(folder: Path) -> list[int]:
+    """Kills the engine that works below a folder, as the kernel does when memory runs out."""
     killed = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -129,7 +94,7 @@ def kill_img2dataset(folder: Path) -> list[int]:
             words = (process / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if words[1:3] == ["-P", "-c"] and any(str(folder) in word for word in words):
+        if words[1:2] == ["-P"] and "--job" in words and any(str(folder) in word for word in words):
             os.kill(int(process.name), signal.SIGKILL)
             killed.append(int(process.name))
     return killed
@@ -172,7 +137,7 @@ def test_the_stage(
 
         def kill_after_first(progress: Progress) -> None:
             if progress.report is not None and progress.report.index == 0 and not killed:
-                killed.extend(kill_img2dataset(tmp_path))
+                killed.extend(kill_engine(tmp_path))
 
         # More patience, so that the slow picture is still waited for when the child is killed: not part of the digest.
         patient = CONFIG.model_copy(update={"timeout_s": 15})
@@ -198,52 +163,65 @@ def test_the_stage(
     assert len(set(kept.column("sha256").to_pylist())) == kept.num_rows
 
     assert len(killed) == 1, "the child had ended before it could be killed"
-    assert "ended with -9 and left 1 shards undone (1), attempt 1 of 2" in " ".join(caplog.messages)
+    assert "ended with -9 and left 2 shards undone (1, 2), attempt 1 of 2" in " ".join(caplog.messages)
     assert again.digest == manifest.digest
     assert [file.sha256 for file in again.files()] == [file.sha256 for file in manifest.files()]
     assert again.dropped == manifest.dropped
 
 
-# A child that does what img2dataset does, as far as it is told: `made` shards, then what `then` says.
+# A child that does what the engine does, as far as it is told: `made` shards, then what `then` says.
 _STAND_IN = """
 import json, os, pathlib, sys, time
 import pyarrow as pa, pyarrow.parquet as pq
-arguments = json.loads(sys.argv[1])
-results = pathlib.Path(arguments["output_folder"])
-requests = sorted(pathlib.Path(arguments["url_list"]).iterdir())
+job = json.loads(pathlib.Path(sys.argv[2]).read_text())
+results = pathlib.Path(job["output"])
+requests = sorted(pathlib.Path(job["input"]).iterdir())
+integers = ("width", "height", "original_width", "original_height")
+strings = ("uid", "sha256", "status", "error_message", "reason")
+schema = pa.schema([(n, "string") for n in strings] + [(n, "int32") for n in integers] + [("jpg", "binary")])
 for number, file in enumerate(requests[:{made}]):
-    rows = pq.read_table(file).to_pylist()
-    rows = [dict(uid=r["uid"], jpg=r["url"].encode(), sha256=None, error_message=None) for r in rows]
-    schema = pa.schema([("uid", "string"), ("jpg", "binary"), ("sha256", "string"), ("error_message", "string")])
+    rows = [
+        dict.fromkeys(integers, 1) | dict(uid=r["uid"], sha256="0", **{row})
+        for r in pq.read_table(file).to_pylist()
+    ]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), results / f"{{number:08d}}.parquet")
     (results / f"{{number:08d}}_stats.json").write_text("{{}}")
 (results / f"{{len(requests) - 1:08d}}_stats.json").touch()  # begun, and never finished
 print("these are my last words", flush=True)
 {then}
 """
+_ARRIVED = 'dict(jpg=r["url"].encode(), status="success", reason=None, error_message=None)'
+_REFUSED = 'dict(jpg=None, status="failed_to_download", reason="connection_failed", error_message="refused")'
+
+
+def stand_in(made: int, then: str, row: str = _ARRIVED) -> list[str]:
+    return ["-c", _STAND_IN.format(made=made, then=then, row=row)]
 
 
 def requests(*indices: int) -> dict[int, pa.Table]:
-    return {index: pa.table({"uid": [f"u{index}"], "url": [f"http://{index}"]}, schema=REQUESTS) for index in indices}
+    return {
+        index: pa.Table.from_pylist([{"uid": f"u{index}", "url": f"http://{index}"}], schema=REQUESTS)
+        for index in indices
+    }
 
 
 def test_shards_that_the_first_child_left_are_done_by_the_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=2, then="sys.exit(0)"))
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=2, then="sys.exit(0)"))
     # The child's own numbers start at 0 in each run: the rows tell that ours are kept apart.
     found = {}
     for shard in fetch_shards(requests(4, 7, 9), CONFIG, tmp_path):
         assert shard.index not in found
         found[shard.index] = [row for batch in shard.batches() for row in batch]
-    assert {index: (rows[0].uid, rows[0].data) for index, rows in found.items()} == {
-        index: (f"u{index}", f"http://{index}".encode()) for index in (4, 7, 9)
+    assert {index: (rows[0].uid, rows[0].result) for index, rows in found.items()} == {
+        index: (f"u{index}", NormalizedImage(f"http://{index}".encode(), 1, 1, 1, 1, "0")) for index in (4, 7, 9)
     }
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_child_that_does_nothing_is_a_transient_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=0, then="sys.exit(0)"))
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=0, then="sys.exit(0)"))
     with pytest.raises(
         TransientError, match=r"(?s)ended with 0 and left 2 shards undone \(3, 5\).*these are my last words"
     ):
@@ -251,70 +229,46 @@ def test_a_child_that_does_nothing_is_a_transient_error(tmp_path: Path, monkeypa
 
 
 def test_a_child_that_stalls_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_CHILD", "import time; time.sleep(600)")
+    monkeypatch.setattr(fetch, "_ENGINE", ["-c", "import time; time.sleep(600)"])
     config = CONFIG.model_copy(update={"stall_timeout_s": 0.5})
     with pytest.raises(TransientError, match=r"made no progress for 0\.5 s \(download\.stall_timeout_s\)"):
         list(fetch_shards(requests(0), config, tmp_path))
-    assert kill_img2dataset(tmp_path) == []
+    assert kill_engine(tmp_path) == []
 
 
 def test_a_listener_that_leaves_takes_the_child_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_CHILD", _STAND_IN.format(made=1, then="time.sleep(600)"))
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=1, then="time.sleep(600)"))
     shards = fetch_shards(requests(0, 1), CONFIG, tmp_path)
     assert next(shards).index == 0
     shards.close()  # pyright: ignore[reportAttributeAccessIssue]  # it is a generator
-    assert kill_img2dataset(tmp_path) == []
+    assert kill_engine(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        ("HTTP Error 404: Not Found", Reason.HTTP_CLIENT_ERROR),
-        ("HTTP Error 429: Too Many Requests", Reason.HTTP_CLIENT_ERROR),
-        ("HTTP Error 408: Request Timeout", Reason.HTTP_CLIENT_ERROR),
-        ("HTTP Error 503: Service Unavailable", Reason.HTTP_SERVER_ERROR),
-        ("HTTP Error 504: Gateway Timeout", Reason.HTTP_SERVER_ERROR),
-        ("Use of image disallowed by X-Robots-Tag directive", Reason.OPTED_OUT),
-        ("HTTP Error 302: Found - Redirection to url 'file:///etc/passwd' is not allowed", Reason.URL_REFUSED),
-        ("The read operation timed out", Reason.TIMED_OUT),
-        ("timed out", Reason.TIMED_OUT),
-        ("<urlopen error timed out>", Reason.TIMED_OUT),
-        ("<urlopen error _ssl.c:990: The handshake operation timed out>", Reason.TIMED_OUT),
-        ("<urlopen error [Errno 111] Connection refused>", Reason.CONNECTION_FAILED),
-        ("[Errno 104] Connection reset by peer", Reason.CONNECTION_FAILED),
-        ("<urlopen error [Errno 113] No route to host>", Reason.CONNECTION_FAILED),
-        ("<urlopen error [Errno 101] Network is unreachable>", Reason.CONNECTION_FAILED),
-        ("Remote end closed connection without response", Reason.CONNECTION_FAILED),
-        ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>", Reason.CONNECTION_FAILED),
-        ("<urlopen error [Errno -2] Name or service not known>", Reason.HOST_UNKNOWN),
-        ("<urlopen error [Errno -3] Temporary failure in name resolution>", Reason.HOST_UNKNOWN),
-        ("IncompleteRead(40 bytes read, 60 more expected)", Reason.IMAGE_TRUNCATED),
-        ("unknown url type: 'x'", Reason.DOWNLOAD_FAILED),
-        ("", Reason.DOWNLOAD_FAILED),
-    ],
-)
-def test_reasons(message: str, reason: Reason) -> None:
-    assert reason_of(message) == (reason, message)
-    assert reason_of(message + "é" * 300)[1] == (message + "é" * 300)[:200]
-
-
-def test_a_row_that_img2dataset_never_mentions_is_lost_and_counted() -> None:
-    urls = ["http://a.example/1", "http://a.example/2"]
-    output = shard_output(5, rows_of(urls), {url: Target(url, "a.example") for url in urls}, {})
-    assert output.rows[0].table.num_rows == 0
-    assert output.rows[0].table.schema.equals(DOWNLOADED)
+def test_a_row_that_the_engine_never_mentions_is_lost_and_counted() -> None:
+    output = shard_output(5, rows_of(["http://a.example/1", "http://a.example/2"]), {})
+    (rows,) = output.rows
+    assert isinstance(rows, RowsFile)
+    assert rows.table.num_rows == 0
+    assert rows.table.schema.equals(DOWNLOADED)
     assert output.rejects.column("reason").to_pylist() == [Reason.LOST_BY_DOWNLOADER] * 2
+
+
+def test_hashes_are_handed_on_where_the_selected_rows_have_them() -> None:
+    table = rows_of(["http://a.example/1"])
+    without = table.select([name for name in table.column_names if not name.startswith("expected_")])
+    assert requests_of(without).schema.equals(REQUESTS)
+    assert requests_of(without).column("expected_md5").to_pylist() == [None]
+    given = without.append_column("expected_md5", pa.array(["ab"])).append_column("expected_sha256", pa.array(["cd"]))
+    assert requests_of(given).column("expected_md5").to_pylist() == ["ab"]
+    assert requests_of(given).column("expected_sha256").to_pylist() == ["cd"]
 
 
 def test_nothing_is_refused_for_ever_while_nobody_answers(
     store: ObjectStore, tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is down: no shard is committed, so that the same command works once it is up."""
-    child = _STAND_IN.replace('jpg=r["url"].encode()', "jpg=None").replace(
-        "error_message=None", 'error_message="<urlopen error [Errno 111] Connection refused>"'
-    )
-    monkeypatch.setattr(fetch, "_CHILD", child.format(made=9, then=""))
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=9, then="", row=_REFUSED))
     site = f"http://127.0.0.1:{closed_port}"
     selected = run_stage(store, Given([[f"{site}/{index}.jpg"] for index in range(2)]))
     stage = DownloadStage(store, selected, CONFIG)
@@ -322,8 +276,13 @@ def test_nothing_is_refused_for_ever_while_nobody_answers(
     with pytest.raises(TransientError, match=r"0 of 2 pictures arrived \(connection_failed 2\): is the server up"):
         run_stage(store, stage, seen.append)
     assert list(store.list(f"{dataset_prefix('download', stage.digest)}/")) == []
-    # With another shard done earlier, somebody has answered: these are dead links.
-    assert [output.index for output in stage.outputs([1], tmp_path)] == [1]
+    with pytest.raises(TransientError):  # nor for a part of the shards
+        run_shards(store, stage, [1])
+    # Once somebody has answered, in this run or an earlier one, these are dead links.
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=9, then="", row=_ARRIVED))
+    run_shards(store, stage, [0])
+    monkeypatch.setattr(fetch, "_ENGINE", stand_in(made=9, then="", row=_REFUSED))
+    assert run_stage(store, stage).dropped == {"connection_failed": 1}
 
 
 def test_the_digest_names_what_changes_the_result(store: ObjectStore) -> None:
@@ -375,6 +334,6 @@ def test_the_childs_environment() -> None:
         "WANDB_API_KEY": "x",
         "MY_TOKEN": "x",
     }
-    modules = Path("/modules")
-    assert child_environment(given, modules) == {"PATH": "/bin", "PYTHONPATH": "/modules", "no_proxy": "*"}
-    assert child_environment({"PYTHONPATH": "/a:/b"}, modules)["PYTHONPATH"] == f"/modules{os.pathsep}/a:/b"
+    root = str(Path(fetch.__file__).resolve().parents[2])
+    assert child_environment(given) == {"PATH": "/bin", "PYTHONPATH": root, "no_proxy": "*"}
+    assert child_environment({"PYTHONPATH": "/a:/b"})["PYTHONPATH"] == f"{root}{os.pathsep}/a:/b"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preprocessing.block_lists import BlockLists
 from preprocessing.contracts.config import SelectConfig
 from preprocessing.contracts.reasons import Reason
 from preprocessing.filters import judge
@@ -24,6 +25,10 @@ GOOD = {
     "punsafe": 0.01,
     "pwatermark": 0.2,
     "aesthetic": 5.0,
+    "language": None,
+    "expected_md5": None,
+    "expected_sha256": None,
+    "is_text": True,
 }
 
 
@@ -113,6 +118,66 @@ def test_details_say_what_was_refused() -> None:
     assert verdict["detail"].to_list() == ["missing", "10x80", "0.5", "missing", "21 characters", None]
 
 
+@pytest.mark.parametrize(
+    ("caption", "is_refused"),
+    [
+        ("Image", True),
+        ("image 12", True),
+        (" no  image available. ", True),
+        ("IMG_2041.jpg", True),
+        ("DSC00012", True),
+        ("photo-1.jpeg", True),
+        ("https://a.example/x", True),
+        ("12 / 34 — !!", True),
+        ("😀", True),
+        ("Click to enlarge!", True),
+        ("image of a dog", False),
+        ("a photo", False),
+        ("犬", False),
+        ("dog.", False),
+        ("a.jpg of a dog", False),
+        ("P", False),
+    ],
+)
+def test_boilerplate(caption: str, is_refused: bool) -> None:
+    config = LIMITS.model_copy(update={"drop_boilerplate": True, "max_caption_chars": 100})
+    assert (reason_of(config, caption=caption) == Reason.CAPTION_BOILERPLATE) is is_refused
+
+
+@pytest.mark.parametrize(
+    ("language", "reason"),
+    [("en", None), (" EN", None), ("de", Reason.LANGUAGE_REFUSED), (None, Reason.LANGUAGE_REFUSED)],
+)
+def test_languages(language: str | None, reason: Reason | None) -> None:
+    assert reason_of(LIMITS.model_copy(update={"languages": ("En", "fr")}), language=language) == reason
+    assert reason_of(LIMITS, language=language) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "is_blocked"),
+    [
+        ("http://bad.example/x", True),
+        ("https://user:pw@WWW.Bad.Example.:8080/x", True),
+        ("//bad.example?x", True),
+        ("http://notbad.example/x", False),
+        ("http://a.example/http://bad.example/", False),
+        ("http://bad.example.org/", False),
+        ("http://[::1]:80/", True),
+    ],
+)
+def test_blocked_hosts(url: str, is_blocked: bool) -> None:
+    blocked = BlockLists(hosts=frozenset({"bad.example", "[::1]"}))
+    verdict = judge(frame(GOOD | {"url": url}), LIMITS, blocked).row(0)
+    assert verdict == ((Reason.HOST_BLOCKED, "listed") if is_blocked else (None, None))
+
+
+def test_blocked_urls_and_hashes() -> None:
+    blocked = BlockLists(urls=frozenset({"http://x/"}), hashes=frozenset({"ab" * 16, "cd" * 32}))
+    rows = [{"url": " http://x/"}, {"expected_md5": "ab" * 16}, {"expected_sha256": "cd" * 32}, {}]
+    verdict = judge(frame(*(GOOD | row for row in rows)), LIMITS, blocked)["reason"].to_list()
+    assert verdict == [Reason.URL_BLOCKED, Reason.HASH_BLOCKED, Reason.HASH_BLOCKED, None]
+
+
 def test_no_rows() -> None:
     assert judge(frame(), LIMITS).shape == (0, 2)
 
@@ -130,6 +195,7 @@ any_rows = st.lists(
             "punsafe": scores,
             "pwatermark": scores,
             "aesthetic": scores,
+            "is_text": st.just(True),
         }
     ),
     max_size=20,
@@ -155,7 +221,7 @@ def test_every_row_is_kept_or_has_a_reason_and_no_unsafe_one_is_kept(rows: list[
         assert row["caption"].strip()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=50)
 @given(rows=any_rows, data=st.data())
 def test_a_row_is_judged_alone(rows: list[dict[str, Any]], data: st.DataObject) -> None:
     """So the order of rows and what stands beside them change nothing."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.storage import open_store
-from preprocessing.laion import ROWS, count_rows, find_metadata, read_rows, source_digest
+from preprocessing.laion import ROWS, find_metadata, read_rows
 
 # The columns of each release, as they are spelled there.
 RELEASES = {
@@ -50,8 +50,13 @@ def write_minimal(path: Path, url: str = "http://a.example/1.jpg", punsafe: obje
     return write(path, URL=[url], TEXT=["a caption"], punsafe=[punsafe])
 
 
-def read(tmp_path: Path, *patterns: str | Path, num_rows: int = 1000) -> pl.DataFrame:
-    return pl.concat(read_rows(find_metadata([str(p) for p in patterns], tmp_path / "scratch"), num_rows))
+def read(tmp_path: Path, *patterns: str | Path) -> pl.DataFrame:
+    tables = []
+    for file in find_metadata([str(p) for p in patterns]):
+        with file.local(tmp_path) as path:
+            tables += list(read_rows(file, path))
+            assert sum(table.height for table in tables[-1:]) <= file.num_rows
+    return pl.concat(tables)
 
 
 def error_of(tmp_path: Path, *patterns: str | Path) -> str:
@@ -119,8 +124,7 @@ def test_csv(tmp_path: Path) -> None:
         ("http://a.example/2.jpg", "", None, None, None),
     ]
     assert read(tmp_path, tmp_path / "b.csv.gz").equals(rows)
-    files = find_metadata([str(tmp_path / "*.csv*")], tmp_path)
-    assert [count_rows(file) for file in files] == [2, 2]
+    assert [file.num_rows for file in find_metadata([str(tmp_path / "*.csv*")])] == [2, 2]
 
 
 def test_parquet_and_csv_of_the_same_rows_are_the_same(tmp_path: Path) -> None:
@@ -141,37 +145,20 @@ def test_a_name_with_brackets(tmp_path: Path) -> None:
     assert read(tmp_path, write_minimal(tmp_path / "part[1].parquet")).height == 1
 
 
-def test_tables_cross_files(tmp_path: Path) -> None:
-    for start, count in ((0, 5), (5, 1), (6, 0), (6, 6)):
-        urls = pa.array([str(i) for i in range(start, start + count)], pa.string())
-        scores = pa.array([0.0] * count, pa.float64())
-        write(tmp_path / f"{start}-{count}.parquet", URL=urls, TEXT=urls, punsafe=scores)
-    files = find_metadata([str(tmp_path / "*.parquet")], tmp_path)
-    tables = list(read_rows(files, 4))
-    assert [table.height for table in tables] == [4, 4, 4]
-    assert pl.concat(tables)["url"].to_list() == [str(i) for i in range(12)]
-    assert sum(count_rows(file) for file in files) == 12
-    assert [table.height for table in read_rows(files, 5)] == [5, 5, 2]
-
-
-def test_the_digest_is_of_contents_in_order(tmp_path: Path) -> None:
-    for name, url in {"a/1": "u", "a/2": "v", "b/x": "u", "b/y": "v", "c/1": "v", "c/2": "u"}.items():
-        write_minimal(tmp_path / f"{name}.parquet", url=url)
-    digests = [source_digest(find_metadata([str(tmp_path / folder / "*")], tmp_path)) for folder in "abc"]
-    assert digests[0] == digests[1] != digests[2]
-
-
 def test_s3(s3_root: str, tmp_path: Path) -> None:
     store = open_store(s3_root)
     for name in ("laion/1.parquet", "laion/2.parquet", "laion/deep/1.parquet", "laion/readme.txt"):
         store.upload(name, write_minimal(tmp_path / "file", url=name))
     assert read(tmp_path, f"{s3_root}/laion/*.parquet")["url"].to_list() == ["laion/1.parquet", "laion/2.parquet"]
-    assert read(tmp_path, f"{s3_root}/laion/**.parquet").height == 3
+    assert read(tmp_path, f"{s3_root}/laion/**/*.parquet").height == 3
+    assert read(tmp_path, f"{s3_root}/**/1.parquet").height == 2
+    assert read(tmp_path, f"{s3_root}/l?ion/[12].parquet").height == 2
+    assert read(tmp_path, f"{s3_root}/laion/**.parquet").height == 2
     assert read(tmp_path, f"{s3_root}/laion/deep/1.parquet")["url"].to_list() == ["laion/deep/1.parquet"]
     assert "matches no file" in error_of(tmp_path, f"{s3_root}/laion/3.parquet")
     assert "matches no file" in error_of(tmp_path, f"{s3_root}/nothing/*.parquet")
     assert "names no object" in error_of(tmp_path, s3_root.rsplit("/", 1)[0])
-    file = find_metadata([f"{s3_root}/laion/1.parquet"], tmp_path / "scratch")[0]
+    file = find_metadata([f"{s3_root}/laion/1.parquet"])[0]
     assert file.name == f"{s3_root}/laion/1.parquet"
 
 
@@ -250,7 +237,20 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     assert "a.parquet cannot be read" in error_of(tmp_path, path)
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    text = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
-    path = write(tmp_path / "a.parquet", URL=["u"], TEXT=text, punsafe=[0.0])
-    assert "a.parquet cannot be read" in error_of(tmp_path, path)
+def test_text_that_is_not_utf8_is_missing_and_said_so(tmp_path: Path) -> None:
+    text = pa.array([b"\xff\xfe", b"good", None], pa.binary()).view(pa.string())
+    path = write(tmp_path / "a.parquet", URL=["u", "v", "w"], TEXT=text, punsafe=[0.0] * 3)
+    assert read(tmp_path, path).select("caption", "is_text").rows() == [(None, False), ("good", True), (None, True)]
+    (tmp_path / "a.csv").write_bytes(b"url,text,punsafe\nu,\xff,0\nv,\xc3\xa9,0\n")
+    assert read(tmp_path, tmp_path / "a.csv").select("caption", "is_text").rows() == [(None, False), ("é", True)]
+
+
+def test_hashes_are_carried_in_one_form(tmp_path: Path) -> None:
+    md5, sha256 = "AB" * 16, " " + "cd" * 32
+    hashes = pa.array([1, 2], pa.int64())  # LAION's `hash` is none of a picture
+    path = write(
+        tmp_path / "a.parquet", URL=["u"] * 2, TEXT=["t"] * 2, punsafe=[0.0] * 2, hash=hashes, MD5=[md5, "x"],
+        sha256=[None, sha256],
+    )  # fmt: skip
+    rows = read(tmp_path, path).select("expected_md5", "expected_sha256").rows()
+    assert rows == [("ab" * 16, None), (None, "cd" * 32)]

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from infra.errors import GateError
 from infra.storage import ObjectStore, open_store
@@ -17,8 +16,8 @@ from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import REJECTS, SELECTED
 from preprocessing.demo.metadata import awkward_rows, metadata_key
-from preprocessing.laion import find_metadata, read_rows
-from preprocessing.select import SelectStage, check_gate, find_repeats
+from preprocessing.laion import open_metadata
+from preprocessing.select import SelectStage, check_gate
 from preprocessing.stage import run_stage
 
 DEMO = SourceConfig(demo=DemoWorldConfig(num_pictures=60), rows_per_shard=50)
@@ -184,30 +183,12 @@ def test_the_gate(tmp_path: Path) -> None:
         check_gate(manifest, LIMITS.model_copy(update={"min_rows": 2}))
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    rows=st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("abc"), st.sampled_from([0.0, 0.5])), max_size=20),
-    size=st.integers(1, 7),
-)
-def test_repeats_are_what_a_plain_loop_finds(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, float]], size: int
-) -> None:
-    expected, seen_rows, seen_urls = [], set(), set()
-    for url, caption, punsafe in rows:
-        is_kept = punsafe < 0.1
-        expected.append((1 if (url, caption) in seen_rows else 2 if url in seen_urls else 0) if is_kept else 0)
-        if is_kept:
-            seen_rows.add((url, caption))
-            seen_urls.add(url)
-    path = tmp_path_factory.getbasetemp() / "repeats.parquet"
-    count = len(rows)
-    columns = {
-        "url": pa.array([row[0] for row in rows], pa.string()),
-        "text": pa.array([row[1] for row in rows], pa.string()),
-        "punsafe": pa.array([row[2] for row in rows], pa.float64()),
-        **{name: pa.array([100] * count, pa.int32()) for name in ("width", "height")},
-        "pwatermark": pa.array([0.0] * count, pa.float64()),
-    }
-    pq.write_table(pa.table(columns), path)
-    batches = read_rows(find_metadata([str(path)], path.parent), size)
-    assert find_repeats(batches, LIMITS).tolist() == expected
+def test_a_file_that_changes_after_it_was_hashed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.parquet"
+    pl.DataFrame({"url": ["http://a.example/1"], "caption": ["a cat"], "punsafe": [0.0]}).write_parquet(path)
+    file = open_metadata(str(path), path)
+    assert len(file.sha256) == 64
+    file.check_unchanged()
+    pl.DataFrame({"url": ["http://a.example/22"], "caption": ["a dog"], "punsafe": [0.0]}).write_parquet(path)
+    with pytest.raises(ValueError, match=r"metadata\.parquet was changed after it was hashed"):
+        file.check_unchanged()

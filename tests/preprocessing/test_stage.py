@@ -1,11 +1,15 @@
 """The loop that commits shards: killed, repeated, lied to."""
 
+import concurrent.futures
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from infra.errors import ContractError
-from infra.storage import open_store
+from infra.errors import ContractError, TransientError
+from infra.storage import ObjectStore, open_store, sha256_of_bytes
 from preprocessing.contracts.config import DemoWorldConfig, SelectConfig, SourceConfig
-from preprocessing.contracts.manifest import MANIFEST_NAME, dataset_prefix
+from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.select import SelectStage
 from preprocessing.stage import (
@@ -28,6 +32,7 @@ from preprocessing.stage import (
     find_report,
     load_manifest,
     rejects_table,
+    run_shards,
     run_stage,
 )
 
@@ -118,9 +123,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None
     store = open_store(str(tmp_path / "killed"))
     prefix = dataset_prefix("select", whole.digest)
     assert find_manifest(store, prefix) is None
-    assert [find_report(store, prefix, index) is not None for index in range(num_shards)] == [True] * 3 + [False] * (
-        num_shards - 3
-    )
+    stage = SelectStage(store, SOURCE, LIMITS)
+    done = [find_report(store, stage, index) is not None for index in range(num_shards)]
+    assert done == [True] * 3 + [False] * (num_shards - 3)
     seen: list[Progress] = []
     manifest = run_stage(store, SelectStage(store, SOURCE, LIMITS), seen.append)
     assert manifest.digest == whole.digest
@@ -140,6 +145,89 @@ def test_a_complete_dataset_is_not_made_again(tmp_path: Path) -> None:
     assert [file.name for file in first.extra_files] == ["constants.json"]
     assert [shard.index for shard in first.shards] == [0, 1, 2]
     assert (first.num_in, first.num_out, first.dropped) == (6, 3, {"no_url": 3})
+
+
+def _altered(data: bytes, **changes: Any) -> bytes:
+    return json.dumps(json.loads(data) | changes).encode()
+
+
+# What somebody may have done to the report of shard 1: each is noticed, and the shard made again.
+REPORT_DAMAGE: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "empty": lambda ours, _: b"",
+    "truncated": lambda ours, _: ours[:-7],
+    "of another shard": lambda _, shard_2: shard_2,
+    "of another dataset": lambda ours, _: _altered(ours, digest="e" * 64),
+    "of another dataset with the same folder": lambda ours, _: _altered(ours, digest="d" * 16 + "e" * 48),
+    "of another stage": lambda ours, _: _altered(ours, stage="select"),
+    "of another input": lambda ours, _: _altered(ours, parents={"source": "q" * 64}),
+    "of another format": lambda ours, _: _altered(ours, format_version=2),
+    "without its dataset": lambda ours, _: json.dumps(json.loads(ours)["report"]).encode(),
+    "counts do not add up": lambda ours, _: _altered(ours, report=json.loads(ours)["report"] | {"num_in": 3}),
+}
+
+
+@pytest.mark.parametrize("damage", REPORT_DAMAGE)
+def test_a_report_that_is_none_of_this_shard_is_noticed(tmp_path: Path, damage: str) -> None:
+    store = open_store(str(tmp_path))
+    first = run_stage(store, CountingStage())
+    store.delete(f"{PREFIX}/{MANIFEST_NAME}")
+    key = f"{PREFIX}/reports/shard-00001.json"
+    ours = store.read(key)
+    store.put(key, REPORT_DAMAGE[damage](ours, store.read(f"{PREFIX}/reports/shard-00002.json")))
+    assert find_report(store, CountingStage(), 1) is None
+    again = CountingStage()
+    assert run_stage(store, again).shards == first.shards
+    assert again.made == [1]
+    assert store.read(key) == ours
+
+
+class NeverTheSame(CountingStage):
+    """Makes other bytes each time."""
+
+    def output(self, index: int) -> ShardOutput:
+        rows = pa.table({"value": [uuid.uuid4().hex]})
+        return replace(super().output(index), rows=(RowsFile(f"shard-{index:05d}.parquet", rows),), is_repeatable=False)
+
+
+def test_the_first_report_of_a_shard_stands(tmp_path: Path) -> None:
+    """Two runs make a shard at the same time, with different bytes: one's files are what both name."""
+    store = open_store(str(tmp_path))
+
+    class Slower(NeverTheSame):
+        def output(self, index: int) -> ShardOutput:
+            ours = super().output(index)
+            if index == 1:
+                run_shards(store, NeverTheSame(), [1])  # the other run, while we make ours
+            return ours
+
+    manifest = run_stage(store, Slower())
+    _assert_whole(store, manifest)
+
+
+def test_many_tasks_share_the_shards(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with concurrent.futures.ThreadPoolExecutor(4) as tasks:  # parts overlap
+        list(tasks.map(lambda part: run_shards(store, NeverTheSame(), part), ([0, 1], [1, 2], [2], [0])))
+    assert find_manifest(store, PREFIX) is None
+    last = NeverTheSame()
+    _assert_whole(store, run_stage(store, last))
+    assert last.made == []
+
+
+def _assert_whole(store: ObjectStore, manifest: Manifest) -> None:
+    """Everything that is named is there with its hash, and no other table is."""
+    files = {f"{PREFIX}/{file.name}": file.sha256 for shard in manifest.shards for file in shard.files}
+    found = [info.key for info in store.list(f"{PREFIX}/") if info.key.endswith(".parquet")]
+    assert {key: sha256_of_bytes(store.read(key)) for key in found} == files
+
+
+def test_a_full_disk_is_the_worlds_fault(tmp_path: Path) -> None:
+    class NoRoom(CountingStage):
+        def output(self, index: int) -> ShardOutput:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/file")
+
+    with pytest.raises(TransientError, match=r"counting: /scratch/file: No space left on device; is there room"):
+        run_stage(open_store(str(tmp_path)), NoRoom())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "report", "half written"])
@@ -173,8 +261,8 @@ def test_rows_that_are_not_accounted_for_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="shard 1: num_in 3 != num_out 1"):
         run_stage(store, LosesARow())
     assert find_manifest(store, PREFIX) is None
-    assert find_report(store, PREFIX, 1) is None
-    assert find_report(store, PREFIX, 2) is not None
+    assert find_report(store, LosesARow(), 1) is None
+    assert find_report(store, LosesARow(), 2) is not None
 
 
 def test_a_shard_that_is_not_made_is_an_error(tmp_path: Path) -> None:
