@@ -85,9 +85,9 @@ def _bare(rows: pa.Table, encoders: Encoders) -> Callable[[], None]:
     crops = np.stack([central_square(draw(scene_at(3, index)), 64)[0] for index in range(rows.num_rows)])
     pixels = images_to_pixels(crops).contiguous(memory_format=torch.channels_last)
     known = [
-        torch.from_numpy(
-            1 - draw_masks("lama_train_256", 64, 0, [str(uid) for uid in range(rows.num_rows)], k)
-        )[:, None]
+        torch.from_numpy(1 - draw_masks("lama_train_256", 64, 0, [str(uid) for uid in range(rows.num_rows)], k))[
+            :, None
+        ]
         for k in range(NUM_VARIANTS)
     ]
     captions = rows.column("caption").to_pylist()

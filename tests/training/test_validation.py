@@ -73,7 +73,8 @@ def test_report_says_everything_for_every_method(report: dict[str, Any]):
     assert set(conditions) == {"original", "model", "shuffled", "shuffled_given", "mean_fill", "telea"}
     assert report["prompt_following"]["chance"] == pytest.approx(1 / 48)
     assert report["prompt_following"]["num_samples"] == 6
-    assert all(0 <= share <= 1 for figures in conditions.values() for share in figures.values())
+    for figures in conditions.values():
+        assert all(-1 <= value <= 1 if "similarity" in name else 0 <= value <= 1 for name, value in figures.items())
     timesteps = {f"t_{t:04d}" for t in range(50, 1000, 100)}
     assert {kind: set(losses) for kind, losses in report["loss_by_timestep"].items()} == {
         "partial": timesteps,
