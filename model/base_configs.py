@@ -81,8 +81,12 @@ def vae_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(model: Callable[..., torch.nn.Module], config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        built = model(**{key: value for key, value in config.items() if not key.startswith("_")})
+    try:
+        with torch.device("meta"):
+            built = model(**{key: value for key, value in config.items() if not key.startswith("_")})
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"the config makes no {model.__name__} ({said}); check its values") from error
     return {key: tuple(value.shape) for key, value in built.state_dict().items()}
 
 

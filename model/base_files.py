@@ -31,6 +31,15 @@ _STEMS: Final[dict[str, tuple[str, ...]]] = {
     "text_encoder": ("model", "pytorch_model"),
 }
 _CANONICAL: Final = ("unet", "vae", "open_clip")
+_LOADED: Final = {
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors.index.json",
+    "open_clip/open_clip_model.safetensors",
+    "unet_ema/diffusion_pytorch_model.safetensors",
+}
+"""The weights that are read as they are; under any other name they are converted first."""
 _VARIANTS: Final = ("", "fp32", "fp16", "bf16")  # as published, or in this order of preference
 _LICENSE: Final = re.compile(r"licen[sc]e([-_.].*)?", re.IGNORECASE)
 
@@ -101,8 +110,8 @@ def choose_files(names: Iterable[str], where: str, *, single: str | None = None)
 
 def _folders(known: Collection[str], configs: dict[str, str], license_: str | None, where: str) -> BaseFiles:
     weights = {part: name for part in _STEMS if (name := _weights_of(part, known)) is not None}
-    has_pickle = any(_suffix_of(name) != ".safetensors" for name in weights.values())
-    if all(part in configs for part in _CANONICAL) and not has_pickle:
+    read = [weights.get(part) for part in (*_CANONICAL, *(["unet_ema"] if "unet_ema" in weights else []))]
+    if all(part in configs for part in _CANONICAL) and _LOADED.issuperset(read):
         inside = [name for name in known if name.partition("/")[0] in (*_CANONICAL, "unet_ema", "scheduler")]
         inside = [name for name in inside if name.endswith((".json", ".safetensors"))]
         return BaseFiles("canonical", weights, configs, license_, _sorted(inside, configs, license_))

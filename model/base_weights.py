@@ -37,6 +37,8 @@ EMA_NAME: Final = "ema.json"
 FORMAT_VERSION: Final = 1
 
 _WEIGHTS_NAME: Final = "diffusion_pytorch_model.safetensors"
+_SD2_TEXT_WIDTH: Final = 1024
+_SD2_TEXT_BLOCKS: Final = 23  # that conditioning reads, of the 24 of ViT-H-14
 _FLOATS: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NUM_NAMED: Final = 3  # keys that an error quotes
 _OLD_VAE_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -354,6 +356,10 @@ def _write_single_text(source: _Folder, text: Mapping[str, Tensor], target: Path
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     num_used = num_blocks - 1 if "text_projection" in text else num_blocks
+    if (width := text["ln_final.weight"].shape[0] if "ln_final.weight" in text else 0) == _SD2_TEXT_WIDTH:
+        if num_blocks not in (_SD2_TEXT_BLOCKS, _SD2_TEXT_BLOCKS + 1):
+            raise ValueError(f"{where}: a text tower of width {width} with {num_blocks} blocks; SD2's has 24 or 23")
+        num_used = _SD2_TEXT_BLOCKS
     last = f"transformer.resblocks.{num_used}."
     unused = [
         key for key in text if key in ("attn_mask", "logit_scale", "text_projection") or key.startswith("visual.")

@@ -320,7 +320,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
             raise WeightFileError(path, f"damaged: its header names {twice!r} twice")
         return values
 
@@ -491,7 +492,17 @@ def _check_archived_pickle(path: Path) -> None:
                 asked.read(file)
     except WeightFileError:
         raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, struct.error):
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+        struct.error,
+    ):
         raise WeightFileError(
             path, "truncated or damaged: its archive has no readable end, or no readable pickle; download it again"
         ) from None
@@ -537,7 +548,7 @@ def _check_old_pickle(path: Path, kind: str | None) -> None:
         try:
             for _ in range(_NUM_OLD_PICKLES if kind == _OLD_PICKLE else 1):
                 asked.read(file)
-        except (ValueError, EOFError):
+        except (ValueError, EOFError, MemoryError, OverflowError):  # the last two: it says that a string is huge
             if kind is None and not asked.globals:
                 raise WeightFileError(path, f"this is no weight file{_advice('')}") from None
             _check_globals(path, asked)

@@ -98,12 +98,39 @@ def resolve_base(model: ModelConfig, notify: Notify | None = None) -> Path:
     source = model.source
     if is_in_place(source):
         assert source.path is not None
-        _check_pin(source, *local_files(source.path))
+        in_place, files = local_files(source.path)
+        for name in files.names:
+            if name.endswith(".safetensors"):
+                _check_whole(in_place / name)
+        _check_pin(source, in_place, files)
         folder = source.path
     else:
         folder = find_converted(source) or _convert_once(source, tell)
     _check_prediction_type(model, _stated_prediction_type(folder))
     return folder
+
+
+def _check_whole(path: Path) -> None:
+    """Refuses what is used as it is if it is no safetensors file or was cut; what is converted is looked at closely.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    num_bytes = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > num_bytes:
+                raise ValueError
+            header = json.loads(file.read(header_bytes))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        is_whole = num_bytes == 8 + header_bytes + end
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"model.base: {path} is no safetensors file (a Git LFS pointer, or a page of errors?); download it again"
+        ) from None
+    if not is_whole:
+        raise ValueError(f"model.base: {path} is truncated or damaged: its size is not what its header says")
 
 
 # --------------------------------------------------------------------------------------------------------- conversion
@@ -138,17 +165,22 @@ def _convert(source: BaseSource, pointer: Path, work: Path, tell: Notify) -> Pat
     if not target.is_dir():
         tell(f"convert {source.base}")
         _run_child(source, path, work, sha256)
+        _check_unchanged(source, pointer)  # before anything of it can be found under the hash of what it was
         with contextlib.suppress(OSError):  # another source of the same content was faster: equal folders
             os.rename(work / "base", target)
         if not target.is_dir():
             raise TransientError(f"model.base: {target} could not be made; is the disk full?")
-    if source.path is not None and pointer_path(source) != pointer:
-        raise ContractError(f"model.base: {source.base!r} changed while it was read; let it be whole, and try again")
+    _check_unchanged(source, pointer)
     scratch = work / "pointer.json"
     scratch.write_text(json.dumps({"folder": target.name, "sha256": pinned, "source": source.base}), encoding="utf-8")
     os.replace(scratch, pointer)
     LOGGER.info("model.base: %s is now %s", source.base, target)
     return target
+
+
+def _check_unchanged(source: BaseSource, pointer: Path) -> None:
+    if source.path is not None and pointer_path(source) != pointer:
+        raise ContractError(f"model.base: {source.base!r} changed while it was read; let it be whole, and try again")
 
 
 def _run_child(source: BaseSource, path: Path, work: Path, sha256: dict[str, str]) -> None:

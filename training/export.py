@@ -25,6 +25,7 @@ from model.base_weights import BASE_NAME
 from model.encoders import CLIP_CONFIG_NAME, load_text_encoder, load_vae
 from model.single_file import export_single_file, ldm_gaps
 from model.weights import export_diffusers
+from preprocessing.contracts.bases import local_files
 from preprocessing.contracts.digests import weights_sha256
 from training.child import emit, run_as_child
 from training.config import PublishConfig
@@ -69,6 +70,8 @@ def export(spec: ExportSpec, scratch: Path, on_progress: Callable[[str], None] |
     if done is None:
         notify("export")
         _make(store, spec, summary, scratch)
+    else:
+        check_same_form(done, spec)
     notify("channels")
     channels = {name: _move(store, spec, name, summary) for name in spec.config.channels}
     for name, outcome in channels.items():
@@ -84,7 +87,7 @@ def _make(store: ObjectStore, spec: ExportSpec, summary: Mapping[str, float], sc
     folder.mkdir()
     unet = load_ema_unet(store, spec.checkpoint_prefix, scratch)
     lineage = _lineage(store, spec, unet.config)
-    license_path = spec.model.directory / LICENSE_NAME
+    license_path = _license_path(spec.model.directory)
     if not lineage.license.is_there:
         LOGGER.warning("%s: %s", license_path, NO_LICENSE_TEXT.splitlines()[0])
         license_path = scratch / "NO_LICENSE"
@@ -113,9 +116,15 @@ def _make(store: ObjectStore, spec: ExportSpec, summary: Mapping[str, float], sc
             "license": lineage.license.id,
             "has_license": lineage.license.is_there,
             "single_file": name,
+            "form": _form(spec.config),
             "summary": dict(summary),
         },
     )
+
+
+def _license_path(base: Path) -> Path:
+    """The base's licence, whatever it is called there; it need not exist."""
+    return base / (local_files(base)[1].license or LICENSE_NAME)
 
 
 def _lineage(store: ObjectStore, spec: ExportSpec, unet_config: Mapping[str, Any]) -> Lineage:
@@ -126,7 +135,7 @@ def _lineage(store: ObjectStore, spec: ExportSpec, unet_config: Mapping[str, Any
         manifests=[read_manifest(store, prefix) for prefix in spec.dataset_prefixes],
         weights={name: weights_sha256(base / name) for name in ("unet", "vae", "open_clip")},
         base=json.loads(record.read_text("utf-8")) if record.is_file() else {},
-        license=recognize_license(base / LICENSE_NAME),
+        license=recognize_license(_license_path(base)),
         gaps=ldm_gaps(unet_config, load_vae(base / "vae").config, text_width=text_cfg["width"]),
     )
 
@@ -205,6 +214,26 @@ def _load_report(store: ObjectStore, spec: ExportSpec) -> BundleManifest:
             f"of {spec.run_id} step {spec.step}"
         )
     return report
+
+
+def check_same_form(done: BundleManifest, spec: ExportSpec) -> None:
+    """Refuses to pass an export that stands off as one in another form: exports are immutable.
+
+    Raises:
+        ValueError: Names the setting, what it is now, and what the export was made with.
+    """
+    made_with = done.metadata.get("form", {})
+    for name, now in _form(spec.config).items():
+        if name in made_with and made_with[name] != now:
+            raise ValueError(
+                f"publish.{name}: {now!r}, but {spec.run_id} step {spec.step} was exported with {made_with[name]!r}; "
+                "exports do not change: set it back, or publish another step"
+            )
+
+
+def _form(config: PublishConfig) -> dict[str, Any]:
+    """The settings that change an export's files."""
+    return {"dtype": config.dtype, "single_file": config.single_file, "base_model": config.base_model}
 
 
 # ----------------------------------------------------------------------------------------------------------- channels

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -365,6 +366,20 @@ def with_memo(canary: Path) -> bytes:
 
 def in_archive(data: bytes, path: Path) -> None:
     repacked(lambda entries: entries.update({"archive/data.pkl": data}))(path)
+
+
+@pytest.mark.parametrize("opcode", [b"\x8d", b"\x8e"], ids=["BINUNICODE8", "BINBYTES8"])
+@pytest.mark.parametrize("form", ["bare", "archive"])
+def test_a_string_of_exabytes_is_no_memory_error(tmp_path: Path, opcode: bytes, form: str):
+    data, path = b"\x80\x04" + opcode + struct.pack("<Q", 2**62), tmp_path / "x.ckpt"
+    if form == "bare":
+        path.write_bytes(data)
+    else:
+        torch.save({"state_dict": STATE}, path)
+        in_archive(data, path)
+    with pytest.raises(WeightFileError) as caught:
+        open_weights(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from infra.errors import ContractError
 from infra.storage import open_store
 from preprocessing.base_weights import look_up_base, resolve_base
+from preprocessing.contracts.bases import is_in_place
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.digests import weights_sha256
 
@@ -135,6 +137,49 @@ def test_bad_weights_are_one_line_and_leave_nothing(single: Path, own_cache: Pat
     assert str(caught.value).startswith(f"model.base: {path}: ")
     assert left_over(own_cache) == []
     assert [entry.name for entry in own_cache.iterdir()] == ["found"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "no safetensors file"),
+        (lambda data: data[:-10], "truncated or damaged"),
+        (lambda data: data[:6], "no safetensors file"),
+    ],
+)
+def test_a_folder_that_is_used_in_place_is_looked_at_too(tmp_path: Path, damage: Any, message: str):
+    folder = shutil.copytree(TINY, tmp_path / "base")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    resolve_base(model_of(folder))
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^model\.base: {weights} is .*{message}") as caught:
+        resolve_base(model_of(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_only_names_that_are_loaded_are_used_in_place(tmp_path: Path):
+    folder = shutil.copytree(TINY, tmp_path / "base")
+    assert is_in_place(model_of(folder).source)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert not is_in_place(model_of(folder).source)
+    weights.with_name("diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights in vae/"):
+        is_in_place(model_of(folder).source)
+
+
+def test_a_source_that_changes_while_it_is_converted_leaves_nothing(single: Path, own_cache: Path, tmp_path: Path):
+    folder = shutil.copytree(single.parent, tmp_path / "published")
+    path = folder / single.name
+
+    def change(what: str) -> None:
+        if what.startswith("convert"):
+            path.write_bytes(path.read_bytes())  # the same bytes, but another file as far as anyone can know
+
+    with pytest.raises(ContractError, match="changed while it was read"):
+        resolve_base(model_of(path), change)
+    assert [entry.name for entry in own_cache.iterdir()] == ["found"]
+    assert left_over(own_cache) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

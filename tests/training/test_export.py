@@ -246,6 +246,14 @@ def test_second_export_changes_nothing(store: ObjectStore, tmp_path: Path, tiny_
     assert {info.key: info.etag for info in store.list()} == before
 
 
+def test_an_export_in_another_form_is_refused(store: ObjectStore, tmp_path: Path, tiny_model: ModelConfig):
+    spec = prepare(store, tmp_path, tiny_model, 100, 20.0)
+    export(spec, scratch(tmp_path, "1"))
+    other = spec.model_copy(update={"config": spec.config.model_copy(update={"dtype": "float16"})})
+    with pytest.raises(ValueError, match=r"^publish\.dtype: 'float16', but .* was exported with 'float32'"):
+        export(other, scratch(tmp_path, "2"))
+
+
 def test_channels_move_by_their_rules(store: ObjectStore, tmp_path: Path, tiny_model: ModelConfig):
     def publish(step: int, psnr: float) -> dict[str, str]:
         spec = prepare(store, tmp_path, tiny_model, step, psnr, stable_min={"masked_psnr_db": 19.0})
