@@ -14,7 +14,6 @@ pass through memory one at a time.
 Source: Stability-AI/stablediffusion `ldm/models/diffusion/ddpm.py`, `ldm/modules/ema.py`; diffusers' own folders.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -27,20 +26,20 @@ from torch import Tensor
 from model import base_configs, compvis
 from model.base_files import BaseFiles, choose_files, list_names
 from model.base_kinds import EXPECTED, Kind, recognize
+from model.compvis import some_of
 from model.encoders import CLIP_CONFIG_NAME, CLIP_WEIGHTS_NAME
 from model.safetensors_writer import save_safetensors
 from model.specs import PredictionType
 from model.weight_files import Weights, open_weights, read_json
+from model.weights import WEIGHTS_NAME, write_json
 
 BASE_NAME: Final = "base.json"
 EMA_NAME: Final = "ema.json"
 FORMAT_VERSION: Final = 1
 
-_WEIGHTS_NAME: Final = "diffusion_pytorch_model.safetensors"
 _SD2_TEXT_WIDTH: Final = 1024
 _SD2_TEXT_BLOCKS: Final = 23  # that conditioning reads, of the 24 of ViT-H-14
 _FLOATS: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_NUM_NAMED: Final = 3  # keys that an error quotes
 _OLD_VAE_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -86,7 +85,7 @@ def convert_base(
         "license": files.license,
         **found,
     }
-    _write_json(target / BASE_NAME, record)
+    write_json(target / BASE_NAME, record)
     return record
 
 
@@ -212,7 +211,7 @@ def _convert_single(source: _Folder, target: Path) -> dict[str, Any]:
     vae = _Chosen(vae, [key for key in vae if not key.startswith("loss.")])
     unknown = [key for key in weights if _is_unknown(key)]
     if unknown:
-        raise ValueError(f"{where}: {_some(unknown, 'keys belong to no part of Stable Diffusion 2')}")
+        raise ValueError(f"{where}: {some_of(unknown, 'keys belong to no part of Stable Diffusion 2')}")
     stated = source.yaml()
     config = _single_unet_config(source, unet, stated)
     _write_part(target / "unet", config, _renamed_unet(unet, config, where))
@@ -272,7 +271,9 @@ def _write_single_ema(
         return None
     wrong = sorted(there ^ set(names.values()))
     if wrong:
-        raise ValueError(f"{where}: its moving average is not of its UNet: {_some(wrong, 'keys are only on one side')}")
+        raise ValueError(
+            f"{where}: its moving average is not of its UNet: {some_of(wrong, 'keys are only on one side')}"
+        )
     average = _Renamed(weights, {name: key for key, name in names.items()}.get, only=set(names.values()))
     _write_part(target / "unet_ema", config, _renamed_unet(average, config, where))
     counter = compvis.EMA_PREFIX + "num_updates"
@@ -383,7 +384,7 @@ def _write_bare_text(
 
 
 def _write_text(target: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    _write_json(target / "open_clip" / CLIP_CONFIG_NAME, config)
+    write_json(target / "open_clip" / CLIP_CONFIG_NAME, config)
     save_safetensors(target / "open_clip" / CLIP_WEIGHTS_NAME, state)
 
 
@@ -391,14 +392,14 @@ def _write_text(target: Path, config: Mapping[str, Any], state: Mapping[str, Ten
 
 
 def _write_part(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    _write_json(folder / "config.json", config)
-    save_safetensors(folder / _WEIGHTS_NAME, state)
+    write_json(folder / "config.json", config)
+    save_safetensors(folder / WEIGHTS_NAME, state)
 
 
 def _write_ema(target: Path, num_updates: Any) -> int | None:
     """Notes in `unet_ema/` how mature the average is: it decides how fast the training's own moves away from it."""
     known = num_updates if type(num_updates) is int and num_updates >= 0 else None
-    _write_json(target / "unet_ema" / EMA_NAME, {"num_updates": known})
+    write_json(target / "unet_ema" / EMA_NAME, {"num_updates": known})
     return known
 
 
@@ -409,7 +410,7 @@ def _finish(
     _check_text_width(target)
     if stated is not None:
         declared = source.config("scheduler") or {}
-        _write_json(target / "scheduler" / "scheduler_config.json", declared | {"prediction_type": stated})
+        write_json(target / "scheduler" / "scheduler_config.json", declared | {"prediction_type": stated})
     return _found(recognized, stated, num_updates, notes)
 
 
@@ -431,11 +432,6 @@ def _found(recognized: str, stated: str | None, num_updates: int | None, notes: 
     }
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -449,25 +445,22 @@ def _checked(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
     """The state dict, if it is exactly what the config wants: keys, shapes, floating point."""
     missing, extra = [key for key in shapes if key not in state], [key for key in state if key not in shapes]
     if missing or extra:
-        found = [_some(missing, "keys are missing")] * bool(missing) + [_some(extra, "are unexpected")] * bool(extra)
+        found = [some_of(missing, "keys are missing")] * bool(missing) + [some_of(extra, "are unexpected")] * bool(
+            extra
+        )
         raise ValueError(f"{where}: does not fit its config.json: {'; '.join(found)}")
     shape = _shape_of(state)
     wrong = [f"{key} is {list(shape(key))}, not {list(size)}" for key, size in shapes.items() if shape(key) != size]
     if wrong:
-        raise ValueError(f"{where}: does not fit its config.json: {_some(wrong, 'tensors have other shapes')}")
+        raise ValueError(f"{where}: does not fit its config.json: {some_of(wrong, 'tensors have other shapes')}")
     return _floats_only(state, where)
 
 
 def _floats_only(state: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
     wrong = [f"{key} is {state[key].dtype}" for key in state if state[key].dtype not in _FLOATS]
     if wrong:
-        raise ValueError(f"{where}: {_some(wrong, 'tensors are not floating point')}")
+        raise ValueError(f"{where}: {some_of(wrong, 'tensors are not floating point')}")
     return state
-
-
-def _some(items: list[str], what: str) -> str:
-    shown = ", ".join(items[:_NUM_NAMED])
-    return f"{len(items)} {what}: {shown}{', …' if len(items) > _NUM_NAMED else ''}"
 
 
 # ------------------------------------------------------------------------------------------------------- lazy mappings

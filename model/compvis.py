@@ -439,20 +439,21 @@ def _check(what: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Si
         if state[key].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{what} does not fit its config: {_some(wrong, 'tensors have other shapes')}")
+        raise ValueError(f"{what} does not fit its config: {some_of(wrong, 'tensors have other shapes')}")
 
 
 def _check_keys(what: str, keys: Iterable[str], wanted: Iterable[str]) -> None:
     keys, wanted = dict.fromkeys(keys), dict.fromkeys(wanted)  # sets that keep their order
     missing = [key for key in wanted if key not in keys]
     unexpected = [key for key in keys if key not in wanted]
-    found = [_some(missing, "keys are missing")] * bool(missing) + [_some(unexpected, "keys are unexpected")] * bool(
-        unexpected
-    )
+    found = [some_of(missing, "keys are missing")] * bool(missing) + [
+        some_of(unexpected, "keys are unexpected")
+    ] * bool(unexpected)
     if found:
         raise ValueError(f"{what} does not fit its config: {'; '.join(found)}")
 
 
-def _some(items: list[str], what: str) -> str:
+def some_of(items: list[str], what: str) -> str:
+    """How many there are, what of them, and the first few: for errors."""
     shown = ", ".join(items[:_NUM_NAMED])
     return f"{len(items)} {what}: {shown}{', …' if len(items) > _NUM_NAMED else ''}"

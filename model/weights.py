@@ -72,10 +72,10 @@ def export_diffusers(
     _copy_vae(Path(vae_dir), target / "vae")
     _write_text_encoder(target / "text_encoder", text_encoder, dtype)
     write_tokenizer(target / "tokenizer", text_encoder)
-    _write_json(target / "scheduler" / "scheduler_config.json", _scheduler_config(prediction_type, schedule))
+    write_json(target / "scheduler" / "scheduler_config.json", _scheduler_config(prediction_type, schedule))
     shutil.copyfile(license_path, target / "LICENSE")
     (target / "README.md").write_text(model_card, encoding="utf-8")
-    _write_json(target / "model_index.json", _model_index())  # last: without it the folder is no pipeline
+    write_json(target / "model_index.json", _model_index())  # last: without it the folder is no pipeline
 
 
 def clip_text_state_dict(text_encoder: TextEncoder) -> dict[str, Tensor]:
@@ -145,10 +145,10 @@ def write_tokenizer(target: Path, text_encoder: TextEncoder) -> None:
     vocabulary = {word: i for word, i in ids.items() if word not in (start, end)}
     vocabulary |= {START_TOKEN: ids[start], END_TOKEN: ids[end]}
     special = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "unk_token": END_TOKEN, "pad_token": PAD_TOKEN}
-    _write_json(target / "vocab.json", vocabulary)
+    write_json(target / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _write_json(target / "special_tokens_map.json", special)
+    write_json(target / "special_tokens_map.json", special)
     # Both files name the same pad token: the published SD2 tokenizer's disagree, and versions chose differently.
     config = {
         "tokenizer_class": "CLIPTokenizer",
@@ -156,7 +156,7 @@ def write_tokenizer(target: Path, text_encoder: TextEncoder) -> None:
         "do_lower_case": True,
         "split_special_tokens": True,
     }
-    _write_json(target / "tokenizer_config.json", config | special)
+    write_json(target / "tokenizer_config.json", config | special)
 
 
 def _scheduler_config(prediction_type: PredictionType, schedule: ScheduleSpec | None) -> dict[str, Any]:
@@ -194,6 +194,7 @@ def _model_index() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes indented JSON; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

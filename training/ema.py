@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.base_weights import EMA_NAME
 from model.unet import widened
 from model.weight_files import open_weights
+from model.weights import WEIGHTS_NAME
 
 _CONV_IN = "conv_in.weight"
 
@@ -83,7 +84,7 @@ def start_average(unet: nn.Module, decay: float, folder: Path) -> Ema:
     ema = Ema(unet, decay)
     if not folder.is_dir():
         return ema
-    with open_weights(folder / "diffusion_pytorch_model.safetensors") as weights:
+    with open_weights(folder / WEIGHTS_NAME) as weights:
         state = dict(weights)  # mapped, not read
         wanted = ema.state_dict()[_CONV_IN]
         if _CONV_IN in state and state[_CONV_IN].shape[1] < wanted.shape[1]:

@@ -355,6 +355,13 @@ def test_every_key_is_used_or_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"cross_attention_dim": "x"}, {"attention_head_dim": 0}, {"act_fn": "nope"}])
+def test_a_config_that_makes_no_model_is_one_line(change: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"^the config makes no UNet2DConditionModel \(") as caught:
+        base_configs.unet_shapes(SD2_UNET_CONFIG | change)
+    assert "\n" not in str(caught.value)
+
+
 def test_named_extras_are_left_alone(published: Published, tmp_path: Path, from_single: Path):
     extras = {
         "betas": torch.zeros(1000),

@@ -236,6 +236,14 @@ def test_a_licence_of_another_name_is_linked(store: ObjectStore, tmp_path: Path,
     }
 
 
+def test_a_licence_in_a_file_of_another_name_travels(store: ObjectStore, tmp_path: Path, tiny_model_dir: Path):
+    model = with_license(tiny_model_dir, tmp_path / "base", RAIL)
+    (model.directory / "LICENSE").rename(model.directory / "LICENSE.md")
+    result = export(prepare(store, tmp_path, model, 100, 20.0), scratch(tmp_path, "1"))
+    assert exported(store, result, "LICENSE") == RAIL
+    assert load_bundle(store, result["prefix"]).metadata["license"] == "openrail++"
+
+
 def test_second_export_changes_nothing(store: ObjectStore, tmp_path: Path, tiny_model: ModelConfig):
     spec = prepare(store, tmp_path, tiny_model, 100, 20.0)
     export(spec, scratch(tmp_path, "1"))
