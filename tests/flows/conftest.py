@@ -1,22 +1,21 @@
-"""What the flows' tests share: weights that only have to be there, and one Prefect server for the whole session."""
+"""What the flows' tests share: base weights outside the package, and one Prefect server a module."""
 
 import gc
-import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import model.tiny
 import pytest
+
+TINY_WEIGHTS = Path(model.tiny.__file__).with_name("weights")
 
 
 @pytest.fixture(scope="session")
 def base_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like base weights: enough for configs and digests, which never load them."""
-    folder = tmp_path_factory.mktemp("base")
-    for part, name in (("unet", "config.json"), ("vae", "config.json"), ("open_clip", "open_clip_config.json")):
-        (folder / part).mkdir()
-        (folder / part / name).write_text(json.dumps({"part": part}))
-    return folder
+    """The tiny base in a folder of the user's own."""
+    return Path(shutil.copytree(TINY_WEIGHTS, tmp_path_factory.mktemp("base"), dirs_exist_ok=True))
 
 
 @pytest.fixture
