@@ -44,8 +44,12 @@ def wait_until_gone(pids: tuple[int, ...], seconds: float = 20) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+    """Of all its threads: a child belongs to the thread that forked it, and at that one's end to any other."""
+    pids = list[int]()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            pids.extend(int(word) for word in (task / "children").read_text().split())
+    return pids
 
 
 def test_many_threads_get_their_own_pictures() -> None:
