@@ -31,7 +31,7 @@ demo: $(READY) ## The whole pipeline on the embedded demo world, then a summary
 	$(BIN)/lacuna run --recipe demo --root $(ROOT)
 
 test: $(READY) ## All tests but the slow campaigns
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(READY) ## ruff, pyright, import-linter, codespell
 	$(BIN)/ruff format --check .

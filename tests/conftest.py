@@ -26,6 +26,11 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 from infra.s3_server import S3Server, start_seaweedfs  # noqa: E402 - after the environment is set
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first: one that a worker begins last is waited for by all."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, for the whole session, on free ports of loopback."""
