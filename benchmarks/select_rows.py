@@ -10,7 +10,9 @@ metadata, which ours needs to name the result, is taken beforehand: it is rememb
 
 Scenarios: ``plain`` (rules on single rows), ``duplicates`` (one row a URL as well), ``strict`` (a limit on punsafe that
 a tenth of the rows pass), ``sorted`` (the same limit, on files ordered by punsafe: statistics prove that most row
-groups hold nothing). Ratios are ours / peer in rows/s; ``self_sorted`` is ours, sorted / strict.
+groups hold nothing), ``rare`` and ``pruned`` (as these two, with a limit that one row in a hundred passes), ``rejects``
+(as ``plain``, each refused row written; ours only). Ratios are ours / peer in rows/s; ``self_sorted`` and
+``self_pruned`` are ours, ordered / shuffled.
 
     python benchmarks/select.py [--rows N] [--rounds N] [--quick] [--json]
 
@@ -25,6 +27,8 @@ import json
 import os
 import platform
 import re
+import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +36,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -45,8 +49,10 @@ GROUPS_PER_FILE = 8
 ROWS_PER_SHARD = 200_000
 DUCKDB = "duckdb==2.0.0"
 LIMITS: dict[str, Any] = {"max_punsafe": 0.1, "max_pwatermark": 0.8, "min_side_px": 512, "max_aspect": 3.0}
-STRICT_PUNSAFE = 0.0005  # for `strict` and `sorted`: about a tenth of the rows are below
-SCENARIOS = ("plain", "duplicates", "strict", "sorted")
+PUNSAFE = {"strict": 5e-4, "sorted": 5e-4, "rare": 7e-7, "pruned": 7e-7}  # 10 % and 1 % of the rows are below
+ORDERED = {"sorted": "strict", "pruned": "rare"}  # the same, shuffled
+SCENARIOS = ("plain", "duplicates", "strict", "sorted", "rare", "pruned", "rejects")
+QUICK_SCENARIOS = ("plain", "strict", "sorted")
 
 _BEGINNINGS = [
     "red",
@@ -159,7 +165,9 @@ def write_metadata(shuffled: Path, ordered: Path, num_rows: int) -> None:
                     writer.write_table(table, row_group_size=rows_per_group)
 
 
-def run_ours(folder: Path, scratch: Path, *, drop_duplicates: bool) -> dict[str, Any]:
+def run_ours(
+    folder: Path, scratch: Path, *, drop_duplicates: bool, rejects: Literal["all", "counts"] = "counts"
+) -> dict[str, Any]:
     """The select stage, into a store in a folder."""
     from infra.storage import open_store
     from preprocessing.contracts.config import SelectConfig, SourceConfig
@@ -167,7 +175,7 @@ def run_ours(folder: Path, scratch: Path, *, drop_duplicates: bool) -> dict[str,
     from preprocessing.stage import run_stage
 
     source = SourceConfig(metadata=(f"{folder}/*.parquet",), rows_per_shard=ROWS_PER_SHARD)
-    config = SelectConfig(**LIMITS, rejects="counts", drop_duplicates=drop_duplicates)
+    config = SelectConfig(**LIMITS, rejects=rejects, drop_duplicates=drop_duplicates)
     store = open_store(str(scratch / "store"))
     stage = SelectStage(store, source, config)
     assert stage.digest  # hashes the files, or finds their hashes
@@ -201,8 +209,8 @@ def run_duckdb(folder: Path, scratch: Path, *, drop_duplicates: bool, same_colum
             FROM ({query})"""  # noqa: S608
     started = time.perf_counter()
     target = f"'{scratch}/out.parquet' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
-    counted = connection.execute(f"COPY ({query}) TO {target}").fetchone()
-    return {"seconds": time.perf_counter() - started, "num_out": counted[0], "version": duckdb.__version__}
+    counted = connection.execute(f"COPY ({query}) TO {target}").fetchall()
+    return {"seconds": time.perf_counter() - started, "num_out": counted[0][0], "version": duckdb.__version__}
 
 
 def run_polars(folder: Path, scratch: Path, *, drop_duplicates: bool, same_columns: bool = True) -> dict[str, Any]:
@@ -243,12 +251,20 @@ def run_polars(folder: Path, scratch: Path, *, drop_duplicates: bool, same_colum
 
 RUNNERS = {
     "ours": run_ours,
+    "ours_rejects": functools.partial(run_ours, rejects="all"),
     "duckdb": run_duckdb,
     "polars": run_polars,
     "duckdb_plain": functools.partial(run_duckdb, same_columns=False),
     "polars_plain": functools.partial(run_polars, same_columns=False),
 }
-PEERS = tuple(RUNNERS)[1:]
+PEERS = ("duckdb", "polars", "duckdb_plain", "polars_plain")
+
+
+def runners_of(scenario: str) -> tuple[str, ...]:
+    """Who runs a scenario."""
+    if scenario == "rejects":
+        return ("ours_rejects",)
+    return ("ours", *PEERS) if scenario in ("plain", "duplicates") else ("ours", "duckdb", "polars")
 
 
 def in_child(python: str, who: str, folder: Path, scenario: str) -> dict[str, Any]:
@@ -266,27 +282,21 @@ def in_child(python: str, who: str, folder: Path, scenario: str) -> dict[str, An
     return json.loads(said.splitlines()[-1]) | {"cpu_s": usage.ru_utime + usage.ru_stime}
 
 
-def peers_python() -> str:
-    """The interpreter that has DuckDB."""
+def python_with_duckdb() -> str:
+    """The peers' interpreter."""
     given = os.environ.get("LACUNA_BENCH_PYTHON")
     if given:
         return given
-    folder = REPOSITORY / "var" / "bench-select"
-    python = folder / "bin" / "python"
-    uv = str(Path(sys.executable).with_name("uv"))
-    if not python.exists():
-        subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-    packages = [DUCKDB, *(f"{name}=={version(name)}" for name in ("numpy", "polars", "polars-hash", "pyarrow"))]
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *packages], check=True)
-    return str(python)
+    peers = runpy.run_path(str(REPOSITORY / "benchmarks" / "peers.py"))  # this folder is not where Python looks
+    ours = (f"{name}=={version(name)}" for name in ("numpy", "polars", "polars-hash", "pyarrow"))
+    return peers["peers_python"]("select", [DUCKDB, *ours])
 
 
 def main() -> None:
     """Runs all, alternating, and prints the medians."""
     if sys.argv[1:2] == ["--child"]:
         who, scenario, folder, scratch = sys.argv[2:]
-        if scenario in ("strict", "sorted"):
-            LIMITS["max_punsafe"] = STRICT_PUNSAFE
+        LIMITS["max_punsafe"] = PUNSAFE.get(scenario, LIMITS["max_punsafe"])
         result = RUNNERS[who](Path(folder), Path(scratch), drop_duplicates=scenario == "duplicates")
         # Not ru_maxrss, which starts from the memory of the process that started this one.
         peak_kib = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]
@@ -295,21 +305,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="default: 20 million; with --quick 2 million")
     parser.add_argument("--rounds", type=int, help="default: 3; with --quick 1")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, help="default: all; with --quick three")
+    parser.add_argument(
+        "--metadata", type=Path, help="a folder for the metadata, to be made once; default: a passing one"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     num_rows = args.rows or (2_000_000 if args.quick else 20_000_000)
     num_rounds = args.rounds or (1 if args.quick else 3)
-    pythons = {"ours": sys.executable} | dict.fromkeys(PEERS, peers_python())
+    scenarios = args.scenarios or (QUICK_SCENARIOS if args.quick else SCENARIOS)
+    pythons = dict.fromkeys(RUNNERS, sys.executable) | dict.fromkeys(PEERS, python_with_duckdb())
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="lacuna-bench-") as name:
-        folders = dict.fromkeys(SCENARIOS, Path(name) / "shuffled") | {"sorted": Path(name) / "sorted"}
-        write_metadata(folders["plain"], folders["sorted"], num_rows)
+        made = (args.metadata or Path(name)) / f"{num_rows}-rows"
+        shuffled, ordered = made / "shuffled", made / "ordered"
+        if not made.exists():
+            with tempfile.TemporaryDirectory(dir=made.parent) as half:
+                write_metadata(Path(half) / "shuffled", Path(half) / "ordered", num_rows)
+                shutil.copytree(half, made, copy_function=os.link)
         for _ in range(num_rounds):
-            for scenario in args.scenarios:
-                for who in RUNNERS if scenario in ("plain", "duplicates") else ("ours", "duckdb", "polars"):
-                    result = in_child(pythons[who], who, folders[scenario], scenario)
+            for scenario in scenarios:
+                for who in runners_of(scenario):
+                    folder = ordered if scenario in ORDERED else shuffled
+                    result = in_child(pythons[who], who, folder, scenario)
+                    print(scenario, who, {key: result[key] for key in ("seconds", "cpu_s", "rss_mib")}, file=sys.stderr)
                     found.setdefault((scenario, who), []).append(result)
     rates = {
         key: num_rows / statistics.median(result["seconds"] for result in results) for key, results in found.items()
@@ -317,31 +337,38 @@ def main() -> None:
     print(f"{num_rows:,} rows, median of {num_rounds}; {os.cpu_count()} cores")
     print(f"{'scenario':12}{'who':14}{'rows/s':>12}{'rows out':>12}{'CPU s':>8}{'peak MiB':>10}{'ours/peer':>11}")
     for (scenario, who), results in found.items():
-        ratio = "" if who == "ours" else f"{rates[scenario, 'ours'] / rates[scenario, who]:.2f}"
+        ratio = f"{rates[scenario, 'ours'] / rates[scenario, who]:.2f}" if who in PEERS else ""
         cpu_s = statistics.median(result["cpu_s"] for result in results)
         rss_mib = max(result["rss_mib"] for result in results)
         rate, num_out = rates[scenario, who], results[-1]["num_out"]
         print(f"{scenario:12}{who:14}{rate:12,.0f}{num_out:12,}{cpu_s:8.1f}{rss_mib:10.0f}{ratio:>11}")
-    against_self = {}
-    if {"sorted", "strict"} <= set(args.scenarios):
-        against_self["self_sorted"] = rates["sorted", "ours"] / rates["strict", "ours"]
-        print(f"ours, sorted against shuffled, same limit: {against_self['self_sorted']:.1f}")
-    print("drop reasons:", found[args.scenarios[0], "ours"][-1]["dropped"])
+    against_self = {
+        f"self_{scenario}": rates[scenario, "ours"] / rates[other, "ours"]
+        for scenario, other in ORDERED.items()
+        if {scenario, other} <= set(scenarios)
+    }
+    for name, ratio in against_self.items():
+        print(f"{name}, ours on ordered files against ours on shuffled ones: {ratio:.1f}")
+    print("drop reasons:", next(iter(found.values()))[-1]["dropped"])
     if args.json:
         ratios = {
             who if scenario == "plain" else f"{who}_{scenario}": rates[scenario, "ours"] / rates[scenario, who]
             for scenario, who in found
-            if who != "ours"
+            if who in PEERS
         }
         result = {
             "name": "select",
             "unit": "rows/s",
-            "ours": {s: rates[s, "ours"] for s in args.scenarios}
-            | {"peak_rss_mib": max(r["rss_mib"] for s in args.scenarios for r in found[s, "ours"])},
-            "peers": {who: {s: rates[s, who] for s in args.scenarios if (s, who) in rates} for who in PEERS},
+            "ours": {s: rate for (s, who), rate in rates.items() if who not in PEERS}
+            | {
+                "peak_rss_mib": max(
+                    r["rss_mib"] for (_, who), results in found.items() if who not in PEERS for r in results
+                )
+            },
+            "peers": {who: {s: rates[s, who] for s in scenarios if (s, who) in rates} for who in PEERS},
             "ratios": ratios | against_self,
             "versions": {
-                "duckdb": found[args.scenarios[0], "duckdb"][0]["version"],
+                "duckdb": DUCKDB.partition("==")[2],
                 "polars": pl.__version__,
                 "pyarrow": pa.__version__,
                 "python": platform.python_version(),

@@ -23,13 +23,16 @@ from infra.errors import (
     EXIT_GATE_REFUSED,
     EXIT_INTERRUPTED,
     EXIT_OUTSIDE_WORLD,
+    EXIT_WALLTIME,
     GateError,
     TransientError,
+    WalltimeError,
 )
 
 _EXIT_UNEXPECTED = 1
 _EPILOG = (
-    "Exit codes: 0 done, 2 bad input, 3 a gate refused, 4 the outside world failed (a retry may help), 130 interrupted."
+    "Exit codes: 0 done, 2 bad input, 3 a gate refused, 4 the outside world failed (a retry may help), 5 the time that "
+    "was granted is nearly over (the same command goes on), 130 interrupted."
 )
 
 app = typer.Typer(
@@ -66,6 +69,7 @@ Uri = Annotated[
 
 _RECIPE = "demo"
 _ROOT = "./var/store"
+_DEFAULT_DEPTH = 16
 
 
 # ------------------------------------------------------------------------------------------------ verbs that run flows
@@ -177,14 +181,21 @@ def plan(
 
 @app.command(epilog=_EPILOG)
 def status(root: Root = _ROOT, as_json: Json = False, debug: Debug = False) -> None:
-    """Lists what stands in the store: datasets, checkpoints, reports, exports, channels."""
+    """Lists what stands in the store: datasets, runs, channels.
+
+    Datasets stand below the one that they were made from, with rows, bytes, age, and the runs that train on them; one
+    that is being made shows how many of its shards are done. The keys that are shown are what `inspect`, `verify` and
+    `pull` take.
+    """
     with _exit_codes(as_json, debug):
+        from datetime import UTC, datetime
+
         from flows.screens import status_json, status_screen
-        from flows.store import status_of
+        from flows.status import status_of
         from infra.storage import open_store
 
         found = status_of(open_store(root))
-        _show(status_json(found), status_screen(found), as_json)
+        _show(status_json(found), status_screen(found, datetime.now(UTC)), as_json)
 
 
 @app.command(epilog=_EPILOG)
@@ -192,50 +203,82 @@ def inspect(
     uri: Uri,
     root: Root = _ROOT,
     html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Writes the first pictures with their captions as a page."),
+        Path | None, typer.Option("--html", metavar="FILE", help="Writes a page that needs nothing else.")
+    ] = None,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=0, max=1000, help="Rows that the page shows as pictures.")
+    ] = 12,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="NAME|PATH", help="As model.base, if its VAE is not found on this machine."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Shows a dataset or bundle: schema, counts, drop reasons, files."""
-    with _exit_codes(as_json, debug):
-        from flows.screens import inspect_json, inspect_screen
-        from flows.store import contact_sheet, locate, read_any, schema_of
-        from preprocessing.contracts.manifest import Manifest
+    """Shows what is in a dataset or bundle, and what it was made from.
 
-        store, prefix = locate(uri, root)
-        manifest = read_any(store, prefix)
-        is_dataset = isinstance(manifest, Manifest)
+    Schema with bytes a row, counts, drop reasons through all stages, specs, files. With --html a page for people:
+    distributions of scores and sizes, hosts, storage, and a contact sheet of crops, masks, captions, and of the
+    stored latents as the VAE decodes them.
+
+    lacuna inspect datasets/encode/0123456789abcdef --html sheet.html
+    """
+    with _exit_codes(as_json, debug):
+        from flows.inspection import inspect as inspect_store
+        from flows.inspection import inspect_json, inspect_page
+        from flows.progress import listener, listening
+        from flows.screens import inspect_screen
+        from flows.store import locate
+
+        found = inspect_store(*locate(uri, root))
         if html is not None:
-            if not is_dataset:
-                raise ValueError(f"--html: {uri!r} is no dataset; give a download or an encode dataset")
-            _write(html, contact_sheet(store, prefix, manifest))
-        described = inspect_json(
-            store.uri_of(prefix), manifest, schema_of(store, prefix, manifest) if is_dataset else {}
-        )
+            with listening():
+                page = inspect_page(
+                    found, rows, base=base, on_progress=lambda done, total: listener().advance("decode", done, total)
+                )
+            _write(html, page)
+        described = inspect_json(found)
         _show(described, inspect_screen(described), as_json)
 
 
 @app.command(epilog=_EPILOG)
-def verify(uri: Uri, root: Root = _ROOT, as_json: Json = False, debug: Debug = False) -> None:
-    """Reads every file that a manifest names and compares its size and sha256; exit code 3 where one differs."""
-    with _exit_codes(as_json, debug):
-        from flows.store import locate, problems_of
+def verify(
+    uri: Uri,
+    root: Root = _ROOT,
+    deep: Annotated[
+        int | None,
+        typer.Option(
+            "--deep", metavar="[N]", min=1, help=f"Encodes N random rows again, too, and compares [{_DEFAULT_DEPTH}]."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="NAME|PATH", help="For --deep: as model.base, if not found here.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Reads every file that a manifest names and compares its size and sha256.
 
-        store, prefix = locate(uri, root)
-        num_files, problems = problems_of(store, prefix)
-        for problem in problems:
+    Files that are missing, that hold something else, and that nothing names are listed on stderr, a line each, and the
+    exit code is 3. With --deep, rows of an encode dataset are made again from their pictures and compared with what is
+    stored.
+
+    lacuna verify datasets/encode/0123456789abcdef --deep 16
+    """
+    with _exit_codes(as_json, debug):
+        from flows.progress import listening
+        from flows.screens import verify_json, verify_screen
+        from flows.verification import verify_uri
+
+        with listening():
+            found = verify_uri(uri, root, num_rows=deep, base=base)
+        for problem in found.problems:
             print(problem, file=sys.stderr)
-        if problems:
+        if found.problems:
             raise GateError(
-                f"verify: {len(problems)} of {num_files} files of {store.uri_of(prefix)} are not what the manifest says"
+                f"verify: {len(found.problems)} problems in {found.num_files} files of {found.uri}", verify_json(found)
             )
-        _show(
-            {"uri": store.uri_of(prefix), "num_files": num_files, "problems": []},
-            f"{num_files} files are what the manifest says",
-            as_json,
-        )
+        _show(verify_json(found), verify_screen(found), as_json)
 
 
 @app.command(epilog=_EPILOG)
@@ -351,7 +394,8 @@ def _exit_codes(as_json: bool, debug: bool) -> Iterator[None]:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr, flush=True)
         if as_json:
-            print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False), flush=True)
+            details = error.details if isinstance(error, GateError) else {}
+            print(json.dumps({**details, "error": message, "exit_code": code}, ensure_ascii=False), flush=True)
         raise typer.Exit(code) from None
 
 
@@ -371,6 +415,7 @@ def _exit_code_of(error: BaseException) -> int:
         (KeyboardInterrupt, EXIT_INTERRUPTED),
         (GateError, EXIT_GATE_REFUSED),
         (TransientError, EXIT_OUTSIDE_WORLD),
+        (WalltimeError, EXIT_WALLTIME),
         (ValueError, EXIT_BAD_INPUT),
     )
     return next((code for kind, code in kinds if isinstance(error, kind)), _EXIT_UNEXPECTED)
@@ -384,6 +429,14 @@ def _message_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _with_default_depth(words: list[str]) -> list[str]:
+    """``--deep`` without a number means ``--deep 16``: typer has no options whose value may be left out."""
+    return [
+        f"--deep={_DEFAULT_DEPTH}" if word == "--deep" and not following.isdecimal() else word
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+    ]
+
+
 # typer's UsageError, which it does not export; BadParameter is one.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -391,9 +444,9 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 def main() -> None:
     """The command ``lacuna``."""
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_default_depth(sys.argv[1:]), standalone_mode=False)
     except _USAGE_ERROR as error:  # a wrong option, a missing argument: one line, like every other bad input
-        message = str(error)
+        message = getattr(error, "format_message", error.__str__)()  # which names the option
         if len(sys.argv) == 1:
             app(["--help"])
         print(f"error: {message} (see `lacuna --help`)", file=sys.stderr, flush=True)

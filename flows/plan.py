@@ -11,8 +11,10 @@ from infra.bundles import find_bundle, list_bundles
 from infra.errors import TransientError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.bases import is_in_place
-from preprocessing.contracts.manifest import Manifest, dataset_prefix
-from training.compatibility import check_specs, parse_specs
+from preprocessing.contracts.manifest import Manifest, dataset_prefix, find_manifest
+from training.compatibility import DatasetSpecs, check_agree, check_specs, parse_specs
+from training.conditioning import check_conditioning, encoded_columns
+from training.mixture import mixture_digest
 from training.runspec import RunSpec, checkpoint_prefix, checkpoints_prefix, run_digest, run_id_of, step_of
 from training.runspec_validation import ExportSpec, ValidationSpec
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from preprocessing.stage import Stage
 
 DATA_STAGES = ("select", "download", "encode")
+_CROP_BYTES_PER_PX = {"png": 1.9, "jpeg": 0.28, "none": 0}
+"""Of photographs at 512 px; benchmarks/conditioning.py measures it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def data_stage(name: str, config: PipelineConfig, store: ObjectStore, parent: Ma
         from preprocessing.download.stage import DownloadStage
 
         return DownloadStage(store, parent, config.download)
-    from preprocessing.encode import EncodeStage
+    from preprocessing.encode.stage import EncodeStage
 
     return EncodeStage(store, parent, config.encode, config.model)
 
@@ -100,8 +104,6 @@ def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedSt
     Raises:
         ValueError: The source or the model cannot be read.
     """
-    from preprocessing.stage import find_manifest
-
     found: list[PlannedStage] = []
     parent: Manifest | None = None
     for name in DATA_STAGES:
@@ -117,6 +119,8 @@ def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedSt
 def find_dataset(config: PipelineConfig, store: ObjectStore) -> tuple[str, Manifest]:
     """The encoded dataset to train on: the one that ``train.dataset`` names, or the one that `prepare` makes.
 
+    Of several it is the first: the one whose held-out pictures are looked at.
+
     Returns:
         Key of its folder, and its manifest.
 
@@ -124,12 +128,9 @@ def find_dataset(config: PipelineConfig, store: ObjectStore) -> tuple[str, Manif
         ValueError: It is not there.
     """
     if config.train.dataset is not None:
-        prefix, manifest = dataset_at(store, config.train.dataset, field="train.dataset")
-        if manifest.stage != "encode":
-            raise ValueError(
-                f"train.dataset: {config.train.dataset!r} is a {manifest.stage} dataset; give an encode dataset"
-            )
-        return prefix, manifest
+        return _encoded_at(store, config.train.dataset, "train.dataset")
+    if config.train.datasets:
+        return _encoded_at(store, next(iter(config.train.datasets)), "train.datasets")
     last = look_up_stages(config, store)[-1]
     if last.prefix is None or last.manifest is None:
         raise ValueError(
@@ -138,15 +139,49 @@ def find_dataset(config: PipelineConfig, store: ObjectStore) -> tuple[str, Manif
     return last.prefix, last.manifest
 
 
+def _encoded_at(store: ObjectStore, uri: str, field: str) -> tuple[str, Manifest]:
+    prefix, manifest = dataset_at(store, uri, field=field)
+    if manifest.stage != "encode":
+        raise ValueError(f"{field}: {uri!r} is a {manifest.stage} dataset; give an encode dataset")
+    return prefix, manifest
+
+
+def _mixture_of(config: PipelineConfig, store: ObjectStore) -> tuple[dict[str, float], str]:
+    """The datasets that ``train.datasets`` names, by their folders' keys, and the digest of their mixture."""
+    weights: dict[str, float] = {}
+    specs: dict[str, DatasetSpecs] = {}
+    digests: dict[str, float] = {}
+    for uri, weight in config.train.datasets.items():
+        prefix, manifest = _encoded_at(store, uri, "train.datasets")
+        if prefix in weights:
+            raise ValueError(f"train.datasets: {uri!r} is named twice; add its weights up")
+        weights[prefix] = digests[manifest.digest] = weight
+        its = specs[prefix] = parse_specs(manifest, prefix)
+        check_conditioning(config.train, its.columns, its.masks.family, prefix)
+    check_agree(specs)
+    return weights, mixture_digest(digests)
+
+
 def run_spec(config: PipelineConfig, root: str, prefix: str, manifest: Manifest) -> RunSpec:
     """What the training of a config on a dataset is told.
 
     Raises:
-        ContractError: The dataset was not encoded by this model's encoders. Better known before any process starts.
+        ContractError: The dataset was not encoded by this model's encoders, or lacks what training asks for. Better
+            known before any process starts.
     """
-    check_specs(parse_specs(manifest, prefix), config.model)
-    run_id = run_id_of(config.recipe, run_digest(config.train, config.model, manifest.digest))
-    return RunSpec(run_id=run_id, store_uri=root, dataset_prefix=prefix, model=config.model, train=config.train)
+    specs = parse_specs(manifest, prefix)
+    check_specs(specs, config.model)
+    check_conditioning(config.train, specs.columns, specs.masks.family, prefix)
+    mixture, digest = _mixture_of(config, open_store(root)) if config.train.datasets else ({}, manifest.digest)
+    run_id = run_id_of(config.recipe, run_digest(config.train, config.model, digest))
+    return RunSpec(
+        run_id=run_id,
+        store_uri=root,
+        dataset_prefix=prefix,
+        mixture=mixture,
+        model=config.model,
+        train=config.train,
+    )
 
 
 def find_trained(config: PipelineConfig, root: str) -> TrainSummary:
@@ -234,6 +269,9 @@ def make_plan(config: PipelineConfig, root: str) -> Plan:
     """
     from preprocessing.base_weights import look_up_base
 
+    if not config.train.names_datasets:
+        columns, family = encoded_columns(config.encode), config.encode.mask_family
+        check_conditioning(config.train, columns, family, "the dataset that `encode` is to make")
     store = open_store(root)
     stages = look_up_stages(config, store)
     base = look_up_base(config.model)
@@ -281,9 +319,9 @@ def _model_steps(
     config: PipelineConfig, root: str, store: ObjectStore, encoded: PlannedStage, base: "BaseState"
 ) -> list[PlannedStep]:
     if not base.is_ready:
-        after = "base" if config.train.dataset is not None else "encode"
+        after = "base" if config.train.names_datasets else "encode"
         return [PlannedStep(name, False, f"after {after}") for name in ("train", "validate", "publish")]
-    if config.train.dataset is not None:
+    if config.train.names_datasets:
         prefix, manifest = find_dataset(config, store)
     elif encoded.prefix is None or encoded.manifest is None:
         return [PlannedStep(name, False, "after encode") for name in ("train", "validate", "publish")]
@@ -318,8 +356,9 @@ def _estimates(config: PipelineConfig, stages: Sequence[PlannedStage]) -> list[s
         known = [config.source.demo.num_pictures]
     if not known:
         return []
-    side = config.encode.resolution_px // 8
-    row_bytes = 2 * 8 * side * side * (1 + config.encode.num_mask_variants) + 3 * config.encode.resolution_px**2
+    encode = config.encode
+    moments_bytes = 2 * 8 * (encode.resolution_px // 8) ** 2 * (encode.moments + encode.num_mask_variants)
+    row_bytes = moments_bytes + round(_CROP_BYTES_PER_PX[encode.image] * encode.resolution_px**2)
     train = config.train
     return [
         f"at most {known[-1]} rows to encode",

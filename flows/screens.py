@@ -1,7 +1,9 @@
 """What people read on the last screen of a command: text in, text out; nothing is printed here."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from flows.plan import Plan
@@ -14,11 +16,12 @@ from flows.results import (
     TrainSummary,
     ValidationSummary,
 )
-from flows.store import Status
-from infra.bundles import BundleManifest
-from preprocessing.contracts.manifest import Manifest
+from flows.status import BundleStatus, DatasetStatus, Status, depth_of
+from flows.verification import Verification
+from preprocessing.contracts.display import bytes_text
 
 _NUM_REASONS = 4
+_NUM_STEPS = 4
 
 
 def run_screen(result: RunResult) -> str:
@@ -83,79 +86,169 @@ def plan_screen(plan: Plan) -> str:
     return "\n".join([*lines, *(_line("estimate", estimate) for estimate in plan.estimates)])
 
 
-def status_screen(status: Status) -> str:
-    """What stands in a store, as tables."""
-    parts = []
-    datasets = [
-        (prefix, f"{manifest.num_out:,}", f"{sum(manifest.dropped.values()):,}", manifest.created_at)
-        for prefix, manifest in status.datasets
+def status_screen(status: Status, now: datetime) -> str:
+    """What stands in a store: datasets as a tree, runs, channels."""
+    parts = [
+        f"store {status.uri}",
+        table(("dataset", "rows", "bytes", "age", "state", "used by"), [*_dataset_rows(status, now)]),
+        table(("run", "step", "checkpoints", "validated", "exported", "bytes", "trained on"), [*_run_rows(status)]),
+        table(("channel", "points to", "step", "moved"), [*_channel_rows(status, now)]),
     ]
-    parts.append(table(("dataset", "rows", "dropped", "made"), datasets))
-    bundles = [
-        (prefix, manifest.kind, str(manifest.step), f"{manifest.num_bytes / 1e6:,.1f}", manifest.created_at)
-        for prefix, manifest in status.bundles
-    ]
-    parts.append(table(("bundle", "kind", "step", "MB", "made"), bundles))
-    channels = [(item.channel, item.bundle, str(item.step), item.moved_at[:19]) for item in status.channels]
-    parts.append(table(("channel", "points to", "step", "moved"), channels))
-    parts.append(_line("runs", ", ".join(status.runs) or "none"))
+    if status.problems:
+        parts.append("\n".join(f"cannot be read: {problem}" for problem in status.problems))
     return "\n\n".join(parts)
+
+
+def _dataset_rows(status: Status, now: datetime) -> Iterator[tuple[str, ...]]:
+    last = {(item.parent, depth_of(item, status.datasets)): item.prefix for item in status.datasets}
+    open_depths: set[int] = set()
+    for item in status.datasets:
+        depth = depth_of(item, status.datasets)
+        is_last = last[item.parent, depth] == item.prefix
+        open_depths = {level for level in open_depths if level < depth} | (set() if is_last else {depth})
+        branch = "".join("│  " if level in open_depths else "   " for level in range(1, depth))
+        branch += ("└─ " if is_last else "├─ ") if depth else ""
+        rows = "" if item.num_out is None else f"{item.num_out:,}"
+        used_by = ", ".join(run.removeprefix("runs/") for run in item.used_by)
+        age = "" if item.created_at is None else age_text(item.created_at, now)
+        yield f"{branch}{item.prefix}", rows, bytes_text(item.num_bytes), age, _state(item, status), used_by
+
+
+def _state(item: DatasetStatus, status: Status) -> str:
+    if item.problem is not None:
+        return "cannot be read"
+    if not item.is_complete:
+        of = "" if item.num_shards is None else f" of {item.num_shards:,}"
+        return f"in progress: {item.num_done:,}{of} shards"
+    is_there = item.parent is None or any(other.prefix == item.parent for other in status.datasets)
+    return "complete" if is_there else f"complete; {item.parent} is gone"
+
+
+def _run_rows(status: Status) -> Iterator[tuple[str, ...]]:
+    for run in status.runs:
+        of = "" if run.num_steps is None else f" of {run.num_steps:,}"
+        bundles = (*run.checkpoints, *run.reports, *run.exports)
+        yield (
+            run.run_id,
+            f"none{of}" if run.step is None else f"{run.step:,}{of}",
+            _steps(run.checkpoints),
+            _steps(run.reports),
+            _steps(run.exports),
+            bytes_text(sum(bundle.num_bytes for bundle in bundles)),
+            ", ".join(run.datasets),
+        )
+
+
+def _steps(bundles: Sequence[BundleStatus]) -> str:
+    """How many there are, and of which steps."""
+    steps = [f"{bundle.step:,}" for bundle in bundles]
+    if not steps:
+        return "none"
+    return f"{len(steps)} ({', '.join(steps if len(steps) <= _NUM_STEPS else [steps[0], '…', steps[-1]])})"
+
+
+def _channel_rows(status: Status, now: datetime) -> Iterator[tuple[str, ...]]:
+    for item in status.channels:
+        yield item.channel, item.bundle, f"{item.step:,}", age_text(item.moved_at, now)
 
 
 def status_json(status: Status) -> dict[str, Any]:
     """The same for programs."""
     return {
-        "datasets": {
-            prefix: {
-                "stage": m.stage,
-                "digest": m.digest,
-                "num_in": m.num_in,
-                "num_out": m.num_out,
-                "dropped": m.dropped,
-            }
-            for prefix, m in status.datasets
+        "uri": status.uri,
+        "datasets": {item.prefix: _without_prefix(item) for item in status.datasets},
+        "runs": {run.run_id: asdict(run) for run in status.runs},
+        "bundles": {
+            bundle.prefix: _without_prefix(bundle)
+            for run in status.runs
+            for bundle in (*run.checkpoints, *run.reports, *run.exports)
         },
-        "bundles": {prefix: {"kind": m.kind, "run_id": m.run_id, "step": m.step} for prefix, m in status.bundles},
-        "runs": list(status.runs),
         "channels": {item.channel: item.model_dump(mode="json") for item in status.channels},
+        "problems": list(status.problems),
     }
 
 
-def inspect_json(uri: str, manifest: Manifest | BundleManifest, schema: Mapping[str, str]) -> dict[str, Any]:
-    """A dataset or bundle for programs."""
-    if isinstance(manifest, BundleManifest):
-        return {"uri": uri, **manifest.model_dump(mode="json")}
-    return {
-        "uri": uri,
-        "stage": manifest.stage,
-        "digest": manifest.digest,
-        "parents": manifest.parents,
-        "num_in": manifest.num_in,
-        "num_out": manifest.num_out,
-        "dropped": manifest.dropped,
-        "num_shards": len(manifest.shards),
-        "config": manifest.config,
-        "specs": manifest.specs,
-        "schema": dict(schema),
-        "created_at": manifest.created_at,
-    }
+def _without_prefix(item: DatasetStatus | BundleStatus) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if name != "prefix"}
+
+
+def age_text(moment: str, now: datetime) -> str:
+    """``4 h ago``; the moment itself where it is no time, or in the future by another machine's clock."""
+    try:
+        seconds = (now - datetime.fromisoformat(moment)).total_seconds()
+    except (TypeError, ValueError):
+        return moment
+    if seconds < -60:
+        return moment
+    for name, length, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            return f"{max(0, seconds) / length:.0f} {name} ago"
+    return f"{seconds / 86400:.0f} days ago"
 
 
 def inspect_screen(described: Mapping[str, Any]) -> str:
-    """A dataset or bundle for people."""
-    lines = []
-    for name, value in described.items():
-        if name == "files":
-            lines += [f"  {file['name']}  {file['num_bytes']:,} bytes" for file in value]
-        elif isinstance(value, dict) and value:
-            lines.append(name)
-            lines += [
-                f"  {key:<24} {inner if isinstance(inner, (str, int, float)) else json.dumps(inner)}"
-                for key, inner in value.items()
-            ]
-        else:
-            lines.append(_line(name, value))
+    """A dataset or bundle for people; ``described`` is `flows.inspection.inspect_json`."""
+    parts = ["\n".join(_line(name, text) for name, text in _facts(described))]
+    if described["lineage"]:
+        parts.append(table(("stage", "kept", "of", "refused", "why"), [*_funnel_rows(described["lineage"])]))
+    if described["missing"]:
+        parts.append(f"{described['missing']}, from which it was made, is no longer in the store")
+    if described.get("columns"):
+        rows = [(c["name"], c["dtype"], f"{c['bytes_per_row']:,.1f}", c["means"]) for c in described["columns"]]
+        parts.append(table(("column", "type", "bytes a row", "what it holds"), rows))
+    if "storage" in described:
+        rows = [
+            (kind, f"{c['num_files']:,}", f"{c['num_rows']:,}", bytes_text(c["num_bytes"]))
+            for kind, c in described["storage"].items()
+        ]
+        parts.append(table(("files", "number", "rows", "bytes"), rows))
+    for title in ("specs", "config", "metadata"):
+        if described.get(title):
+            parts.append("\n".join([title, *(f"  {key:<24} {_value(v)}" for key, v in described[title].items())]))
+    if "files" in described:
+        parts.append(
+            table(("file", "bytes"), [(file["name"], f"{file['num_bytes']:,}") for file in described["files"]])
+        )
+    return "\n\n".join(parts)
+
+
+def _facts(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("uri", "kind", "run_id", "step", "stage", "digest", "created_at", "code_version"):
+        if name in described:
+            yield name, str(described[name])
+    for stage, digest in described.get("parents", {}).items():
+        yield "made from", f"{stage} {digest}"
+    shards = f", {described['num_shards']:,} shards" if "num_shards" in described else ""
+    yield "size", f"{bytes_text(described['num_bytes'])}{shards}"
+    if not described["conditional_writes"]:
+        yield "caution", "written to a store that does not decide races of writers"
+
+
+def _funnel_rows(lineage: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for step in lineage:
+        refused = step["dropped"]
+        why = ", ".join(f"{name} {count:,}" for name, count in refused.items())
+        yield step["stage"], f"{step['num_out']:,}", f"{step['num_in']:,}", f"{sum(refused.values()):,}", why
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def verify_screen(found: Verification) -> str:
+    """What was read and found to be as it should be."""
+    lines = [f"{found.num_files:,} files, {bytes_text(found.num_bytes)}: all are what the manifest says"]
+    if found.rows is not None:
+        rows = found.rows
+        lines.append(f"{rows.num_compared} rows encoded again: {rows.num_identical} are the same to the last bit")
+        lines.append(f"compared: {', '.join(rows.columns) or 'nothing'}")
+        lines += [f"not compared: {name}, {why}" for name, why in rows.not_compared.items()]
     return "\n".join(lines)
+
+
+def verify_json(found: Verification) -> dict[str, Any]:
+    """The same, and the problems, for programs."""
+    return {**asdict(found), "problems": [asdict(problem) for problem in found.problems]}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

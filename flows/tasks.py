@@ -5,6 +5,7 @@ results are references and counts. What a stage needs is imported when it runs.
 """
 
 import contextlib
+import datetime
 import json
 import shutil
 import tempfile
@@ -29,11 +30,12 @@ from infra.bundles import find_bundle, manifest_sha256
 from infra.channels import read_channel
 from infra.errors import TransientError
 from infra.storage import ObjectStore, open_store
-from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix
+from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix, find_manifest
 from training.runspec_validation import ExportSpec
 
 if TYPE_CHECKING:
-    from preprocessing.stage import Progress
+    from preprocessing.contracts.manifest import ShardReport
+    from preprocessing.stage import Progress, Stage
 
 
 def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -105,11 +107,30 @@ def encode(config: PipelineConfig, root: str, downloaded: str) -> StageSummary:
     """Encodes downloaded pictures into training rows; ``downloaded`` is the key of their dataset's folder."""
 
     def gate(manifest: Manifest) -> None:
-        from preprocessing.encode import check_gate
+        from preprocessing.encode.stage import check_gate
 
         check_gate(manifest, config.select.validation_fraction)
 
-    return _run_data_stage("encode", config, root, downloaded, gate)
+    def in_workers(stage: "Stage", tell: Callable[["Progress"], None]) -> None:
+        from preprocessing.encode.job import EncodeJob, num_gpus, run_workers
+        from preprocessing.stage import Progress, reported_shards
+
+        num_processes = config.encode.num_processes or max(1, num_gpus())
+        if num_processes == 1 and num_gpus() == 0:
+            return  # here: a process of its own would free no GPU, and take its time to start
+        done = reported_shards(open_store(root), stage)
+
+        def on_shard(report: "ShardReport") -> None:
+            if report.index not in done:  # two may make one
+                done.add(report.index)
+                tell(Progress(stage.name, len(done), stage.num_shards, report))
+
+        tell(Progress(stage.name, len(done), stage.num_shards, was_done=bool(done)))
+        job = EncodeJob(store_uri=root, downloaded_prefix=downloaded, encode=config.encode, model=config.model)
+        with _workdir(root, "encode") as workdir:
+            run_workers(job, num_processes, workdir=workdir, on_shard=on_shard)
+
+    return _run_data_stage("encode", config, root, downloaded, gate, in_workers)
 
 
 @task(name="train", tags={"gpu"}, **_RETRIED)
@@ -209,9 +230,15 @@ def _channels_if_done(store: ObjectStore, spec: ExportSpec) -> dict[str, str] | 
 
 
 def _run_data_stage(
-    name: str, config: PipelineConfig, root: str, parent_prefix: str | None, gate: Callable[[Manifest], None]
+    name: str,
+    config: PipelineConfig,
+    root: str,
+    parent_prefix: str | None,
+    gate: Callable[[Manifest], None],
+    in_workers: "Callable[[Stage, Callable[[Progress], None]], None] | None" = None,
 ) -> StageSummary:
-    from preprocessing.stage import find_manifest, run_stage
+    """Makes a dataset if it is not there; ``in_workers`` may do it in other processes, or leave it to this one."""
+    from preprocessing.stage import run_stage
 
     started = time.monotonic()
     store = open_store(root)
@@ -221,7 +248,10 @@ def _run_data_stage(
     done = find_manifest(store, prefix)
     if done is None:
         with _pictures_served(name, config):
-            manifest = run_stage(store, stage, _teller(progress))
+            tell = _teller(progress)
+            if in_workers is not None:
+                in_workers(stage, tell)
+            manifest = run_stage(store, stage, tell)  # finds there what workers made
     else:
         manifest = done
     summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)
@@ -248,12 +278,20 @@ def _summary(store: ObjectStore, prefix: str, manifest: Manifest, *, was_done: b
 
 
 def _teller(progress: artifacts.ProgressArtifact) -> Callable[["Progress"], None]:
-    num_out = 0
+    """Tells rows kept, and of what was made here and now, rows/s and the time that is left."""
+    started = time.monotonic()
+    num_rows = num_kept = num_made = 0
 
     def tell(at: "Progress") -> None:
-        nonlocal num_out
-        num_out += at.report.num_out if at.report is not None else 0
-        progress.advance(at.num_done, at.num_shards, f"{num_out} rows kept")
+        nonlocal num_rows, num_kept, num_made
+        text = f"{num_kept} rows kept"
+        if at.report is not None:
+            num_rows, num_kept, num_made = num_rows + at.report.num_in, num_kept + at.report.num_out, num_made + 1
+            seconds = max(1e-3, time.monotonic() - started)
+            left_s = (at.num_shards - at.num_done) * seconds / num_made
+            left = datetime.timedelta(seconds=round(left_s))
+            text = f"{num_kept} rows kept, {num_rows / seconds:.3g} rows/s, {left} left"
+        progress.advance(at.num_done, at.num_shards, text)
 
     return tell
 
@@ -274,7 +312,7 @@ def _run_child(
     module: str, spec: dict[str, Any], root: str, run_id: str, progress: artifacts.ProgressArtifact
 ) -> dict[str, Any]:
     """Runs a module that needs torch in a process of its own."""
-    from training.launch import run_module
+    from infra.launch import run_module
 
     def on_event(event: dict[str, Any]) -> None:
         if "what" in event:

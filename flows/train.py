@@ -21,6 +21,6 @@ def train(config: PipelineConfig | str, root: str = "var/store", dataset: str | 
     """
     config, root = resolve(config), absolute_root(root)
     tasks.ensure_base(config)
-    if dataset is None or config.train.dataset is not None:
+    if dataset is None or config.train.names_datasets:
         dataset, _ = find_dataset(config, open_store(root))
     return tasks.train(config, root, dataset)

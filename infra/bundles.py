@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.claims import CLAIM_NAME, Claim
 from infra.errors import ContractError, TransientError
+from infra.reading import is_being_read, reading
 from infra.storage import (
     AlreadyExistsError,
     ObjectNotFoundError,
@@ -89,6 +90,8 @@ class BundleManifest(_Record):
         metadata: What its maker had to say.
         created_at: ISO 8601, UTC.
         conditional_writes: Whether the store enforced put-if-absent when this was written.
+        checksum: sha256 of this record without its checksum, so that a damaged manifest is known as such; None in those
+            of older versions.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -99,6 +102,20 @@ class BundleManifest(_Record):
     metadata: dict[str, Any] = Field(default_factory=dict)
     created_at: str
     conditional_writes: bool = True
+    checksum: str | None = None
+
+    def sealed(self) -> "BundleManifest":
+        """This record with its checksum."""
+        return self.model_copy(update={"checksum": self._own_checksum()})
+
+    def _own_checksum(self) -> str:
+        return sha256_of_bytes(self.model_dump_json(exclude={"checksum"}).encode())
+
+    @model_validator(mode="after")
+    def _is_as_written(self) -> "BundleManifest":
+        if self.checksum is not None and self.checksum != self._own_checksum():
+            raise ValueError(f"its checksum is {self.checksum}, its content's {self._own_checksum()}: it is damaged")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "BundleManifest":
@@ -165,7 +182,7 @@ def commit_bundle(
         metadata=dict(metadata or {}),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         conditional_writes=store.conditional_writes,
-    )
+    ).sealed()
     manifest_key = f"{prefix}/{MANIFEST_NAME}"
     # Writers of the same bytes may well upload them at once; others take turns.
     holder = sha256_of_bytes("".join(file.model_dump_json() for file in files).encode())
@@ -221,6 +238,29 @@ def _is_there(store: ObjectStore, key: str, file: BundleFile, etags: dict[str, s
     if info.etag != etags[file.name] and hash_object(store, key) == (file.num_bytes, file.sha256):
         etags[file.name] = info.etag  # another writer of the same bytes
     return info.num_bytes == file.num_bytes and info.etag == etags[file.name]
+
+
+def delete_bundle(store: ObjectStore, prefix: str) -> bool:
+    """Delete a bundle, its manifest first: what is left, if we are killed, is no bundle; doing it again finishes it.
+
+    Returns:
+        False if somebody is reading it, and it was left alone.
+    """
+    if is_being_read(store, prefix):
+        return False
+    key = f"{prefix}/{MANIFEST_NAME}"
+    try:
+        data = store.read(key)
+    except ObjectNotFoundError:
+        data = None
+    store.delete(key)
+    if is_being_read(store, prefix):  # a reader who came meanwhile may have seen the manifest
+        if data is not None:
+            store.put_if_absent(key, data)
+        return False
+    for info in list(store.list(f"{prefix}/")):
+        store.delete(info.key)
+    return True
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
@@ -338,7 +378,12 @@ def fetch_bundle(store: ObjectStore, prefix: str, to: Path, names: NameFilter | 
         TransientError: A file is not what the manifest says.
     """
     key = f"{prefix}/{MANIFEST_NAME}"
-    return fetch_files(store, prefix, store.read(key), to, names)
+    data = store.read(key)
+    manifest = parse_manifest(data, store.uri_of(key))
+    if manifest.kind != "checkpoint":  # the only ones that are ever deleted
+        return fetch_files(store, prefix, data, to, names)
+    with reading(store, prefix, manifest.num_bytes):
+        return fetch_files(store, prefix, store.read(key), to, names)
 
 
 def fetch_files(

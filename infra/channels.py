@@ -50,15 +50,19 @@ class ChannelPointer(BaseModel):
 MayReplace = Callable[[ChannelPointer | None], bool]
 
 
-def channel_key(name: str) -> str:
+def channel_key(name: str, parent: str = "") -> str:
     """Return a channel's key in the store.
+
+    Args:
+        name: The channel's.
+        parent: Prefix of what it belongs to, such as a run; empty for the store's own channels.
 
     Raises:
         ValueError: It is no name of a channel.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"channel: {name!r} is no channel's name; use lower-case letters, digits, '-' and '_'")
-    return f"channels/{name}.json"
+    return f"{parent}/channels/{name}.json" if parent else f"channels/{name}.json"
 
 
 def pointer_to(
@@ -80,17 +84,17 @@ def pointer_to(
     )
 
 
-def read_channel(store: ObjectStore, name: str) -> ChannelPointer | None:
+def read_channel(store: ObjectStore, name: str, *, parent: str = "") -> ChannelPointer | None:
     """Return where a channel points, None if it was never moved.
 
     Raises:
         ContractError: What stands there is no pointer.
     """
-    return _read(store, name)[0]
+    return _read(store, channel_key(name, parent))[0]
 
 
 def move_channel(
-    store: ObjectStore, name: str, pointer: ChannelPointer, may_replace: MayReplace
+    store: ObjectStore, name: str, pointer: ChannelPointer, may_replace: MayReplace, *, parent: str = ""
 ) -> ChannelPointer | None:
     """Let a channel point elsewhere, if it may; among any number of movers each sees what it replaces.
 
@@ -103,6 +107,7 @@ def move_channel(
         pointer: Where to; its ``moved_at`` and ``previous`` are set here.
         may_replace: Asked with the pointer that stands, None if there is none; asked again whenever somebody else moved
             the channel meanwhile.
+        parent: Prefix of what the channel belongs to; empty for the store's own.
 
     Returns:
         The pointer that stands now, None if it may not be replaced.
@@ -118,8 +123,9 @@ def move_channel(
         raise ContractError(
             f"channel {name}: the pointer says manifest sha256 {pointer.manifest_sha256}, {pointer.bundle} has {found}"
         )
+    key = channel_key(name, parent)
     for _ in range(_MAX_TRIES):
-        current, etag = _read(store, name)
+        current, etag = _read(store, key)
         if current is not None and (current.bundle, current.manifest_sha256) == (pointer.bundle, found):
             return current
         goes_back = (
@@ -137,11 +143,11 @@ def move_channel(
             }
         )
         try:
-            store.compare_and_swap(channel_key(name), moved.model_dump_json(indent=1).encode(), etag)
+            store.compare_and_swap(key, moved.model_dump_json(indent=1).encode(), etag)
         except ConflictError:
             continue  # somebody else moved it: look again
         return moved
-    raise TransientError(f"{store.uri_of(channel_key(name))}: {_MAX_TRIES} moves were overtaken by others")
+    raise TransientError(f"{store.uri_of(key)}: {_MAX_TRIES} moves were overtaken by others")
 
 
 def pull(store: ObjectStore, name: str, to: Path) -> BundleManifest:
@@ -183,8 +189,7 @@ def _read_manifest(store: ObjectStore, prefix: str) -> bytes:
         raise ValueError(f"bundle: {error.uri} is not there; the bundle does not exist or is not complete") from None
 
 
-def _read(store: ObjectStore, name: str) -> tuple[ChannelPointer | None, str | None]:
-    key = channel_key(name)
+def _read(store: ObjectStore, key: str) -> tuple[ChannelPointer | None, str | None]:
     try:
         data, etag = store.read_with_etag(key)
     except ObjectNotFoundError:

@@ -72,6 +72,10 @@ class AlreadyExistsError(RuntimeError):
     """`ObjectStore.put_if_absent` lost: another content has this key already."""
 
 
+class DamagedObjectError(TransientError):
+    """What arrived whole is not what was asked for: its sha256 is another one. Asking again may help, once."""
+
+
 class ConflictError(RuntimeError):
     """`ObjectStore.compare_and_swap` lost: the object is not, or no longer, the one that was expected."""
 
@@ -203,6 +207,16 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
+    def list_folders(self, prefix: str = "") -> list[str]:
+        """Return the names of the folders directly below a folder, sorted; what lies in them is not listed.
+
+        A folder may be empty: a local one that was emptied stays.
+
+        Args:
+            prefix: The folder's key with a slash at its end; empty for the root.
+        """
+
+    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects whose key starts with a string, sorted by key.
 
@@ -320,12 +334,13 @@ def check_download(uri: str, expected: str | None, actual: str, expected_bytes: 
     """Hold downloaded content against what it should be.
 
     Raises:
-        TransientError: Size or hash differ.
+        TransientError: The size differs.
+        DamagedObjectError: The hash differs.
     """
     if num_bytes != expected_bytes:
         raise TransientError(f"{uri}: {num_bytes} bytes arrived, expected {expected_bytes}")
     if expected is not None and expected != actual:
-        raise TransientError(f"{uri}: the content's sha256 is {actual}, expected {expected}")
+        raise DamagedObjectError(f"{uri}: the content's sha256 is {actual}, expected {expected}")
 
 
 def sha256_of_bytes(data: bytes) -> str:

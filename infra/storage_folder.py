@@ -147,6 +147,15 @@ class FolderStore(ObjectStore):
         return FileEntry(key, num_bytes, actual)
 
     @override
+    def list_folders(self, prefix: str = "") -> list[str]:
+        try:
+            with os.scandir(self.root / check_prefix(prefix)) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except _NOT_THERE:
+            return []
+        return sorted(name for name in names if not name.startswith(RESERVED_PREFIX))
+
+    @override
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = check_prefix(prefix).rpartition("/")[0]
         return self._walk(self.root / folder, f"{folder}/" if folder else "", prefix)

@@ -161,6 +161,18 @@ class S3Store(ObjectStore):
         return FileEntry(key, num_bytes, actual)
 
     @override
+    def list_folders(self, prefix: str = "") -> list[str]:
+        start = self.prefix + check_prefix(prefix)
+        names: set[str] = set()
+        with self._translated(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=start, Delimiter="/"
+            )
+            for page in pages:
+                names |= {entry["Prefix"][len(start) : -1] for entry in page.get("CommonPrefixes", ())}
+        return sorted(name for name in names if name and not name.startswith(RESERVED_PREFIX))
+
+    @override
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
         with self._translated(check_prefix(prefix)):

@@ -4,6 +4,8 @@ A picture's posterior is kept as *moments*, mean | logvar, unscaled. `sample_lat
 scaling factor is applied, and it is applied once.
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float16, Int, Shaped, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from model.fixed_shape import is_exact, map_micro_batches, text_micro_batch, vae_micro_batch
 
 NULL_CAPTION: Final = ""
 """The caption of unconditional samples: an empty string, encoded, never zeros."""
@@ -28,6 +32,7 @@ CLIP_CONFIG_NAME: Final = "open_clip_config.json"
 CLIP_WEIGHTS_NAME: Final = "open_clip_model.safetensors"
 _CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+_AWKWARD_CAPTIONS: Final = (NULL_CAPTION, "A  CAF\u00c3\u00a9 &amp;amp; 12 \U0001f600", "It's\nlong, " * 40)
 _EMBEDDING_KEY: Final = "token_embedding.weight"
 _IDS_KEY: Final = "token_embedding.ids"
 _ROWS_KEY: Final = "token_embedding.rows"
@@ -94,6 +99,92 @@ def encode_moments(
     return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
 
 
+def masked_pixels(
+    pixels: Float[Tensor, "batch 3 height width"], masks: Float[Tensor, "batch 1 height width"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """The pictures with their holes: 0, which is grey, where the mask is 1.
+
+    The sum turns -0 into 0: a hole has no sign, and a picture that is all hole is `torch.zeros`, bit for bit.
+    """
+    return pixels * (1 - masks) + 0.0
+
+
+def encode_stored_moments(
+    vae: AutoencoderKL,
+    pixels: Float[Tensor, "batch 3 height width"],
+    masks: Shaped[Tensor, "rows *one height width"] | None = None,
+    *,
+    batch_size: int | None = None,
+    num_lanes: int | None = None,
+) -> Float16[Tensor, "rows channels2 h w"]:
+    """The moments as datasets store them, of the pictures or of the pictures with holes.
+
+    In the fixed shape of `model.fixed_shape`: a picture's moments are the same bytes in every batch, at every place and
+    with any number of threads, on one kind of machine; so what is encoded while training equals what was stored.
+
+    Args:
+        vae: from `load_vae`; its weights are put into the channels_last layout, which changes no value.
+        pixels: in [-1, 1].
+        masks: 1 = hole, any dtype, with or without a channel of 1; None for no holes. Where there are more masks than
+            pictures, the pictures take turns: all of them with their first mask, then with their second one.
+        batch_size: pictures at once where the shape is not fixed, which is in less than float32 on a GPU.
+        num_lanes: see `model.fixed_shape.map_micro_batches`.
+
+    Returns:
+        float16 on the VAE's device, a row for each mask. What float16 cannot hold is infinite: who stores it looks.
+    """
+    _use_channels_last(vae)
+    pixels = pixels.to(vae.device)
+    holes = None if masks is None else masks.to(vae.device).reshape(len(masks), 1, *pixels.shape[2:])
+
+    def run(rows: Int[Tensor, " rows"]) -> Tensor:
+        rows = rows.to(vae.device)
+        part = pixels[rows % len(pixels)]
+        if holes is not None:
+            part = masked_pixels(part, holes[rows].to(part.dtype))
+        return encode_moments(vae, part.contiguous(memory_format=torch.channels_last)).half()
+
+    num_rows = len(pixels if masks is None else masks)
+    is_fixed = is_exact(vae.device, vae.dtype)
+    micro_batch = vae_micro_batch(pixels.shape[-1], vae.device) if is_fixed else min(batch_size or 32, num_rows)
+    return map_micro_batches(run, num_rows, micro_batch=micro_batch, device=vae.device, num_lanes=num_lanes)
+
+
+def encode_masked_moments(
+    vae: AutoencoderKL,
+    pixels: Float[Tensor, "batch 3 height width"],
+    masks: Shaped[Tensor, "batch *one height width"],
+    *,
+    batch_size: int | None = None,
+) -> Float16[Tensor, "batch channels2 h w"]:
+    """`encode_stored_moments` of the pictures with holes: what datasets store as ``masked_moments_k``."""
+    return encode_stored_moments(vae, pixels, masks, batch_size=batch_size)
+
+
+def encode_stored_text(
+    text: "TextEncoder",
+    token_ids: Int[Tensor, "batch 77"],
+    *,
+    batch_size: int | None = None,
+    num_lanes: int | None = None,
+) -> Float16[Tensor, "batch 77 width"]:
+    """The text embeddings as datasets store them; everything else as in `encode_stored_moments`."""
+
+    def run(rows: Int[Tensor, " rows"]) -> Tensor:
+        return text.embed_text(token_ids[rows.to(token_ids.device)]).half()
+
+    is_fixed = is_exact(text.device, text.dtype)
+    micro_batch = text_micro_batch(text.device) if is_fixed else min(batch_size or 64, len(token_ids))
+    return map_micro_batches(run, len(token_ids), micro_batch=micro_batch, device=text.device, num_lanes=num_lanes)
+
+
+def _use_channels_last(vae: AutoencoderKL) -> None:
+    """Half as fast again on a CPU, and what a GPU's convolutions want; the last bits depend on it."""
+    first = vae.encoder.conv_in.weight
+    if not first.is_contiguous(memory_format=torch.channels_last):
+        nn.Module.to(vae, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # typed without it
+
+
 def sample_latents(
     moments: Float[Tensor, "batch channels2 h w"], noise: Float[Tensor, "batch channels h w"], scaling_factor: float
 ) -> Float[Tensor, "batch channels h w"]:
@@ -132,7 +223,7 @@ def decode_latents(
 
 @final
 class TextEncoder:
-    """An OpenCLIP model, frozen, float32: captions to cross-attention embeddings, and pictures beside captions.
+    """An OpenCLIP model, frozen: captions to cross-attention embeddings, and pictures beside captions.
 
     Attributes:
         clip: the `open_clip.model.CLIP`; `clip.visual` is an identity without the image tower.
@@ -174,9 +265,14 @@ class TextEncoder:
         """Where the weights are."""
         return self.clip.token_embedding.weight.device
 
-    def to(self, device: torch.device | str) -> "TextEncoder":
-        """Moves the weights; returns self."""
-        self.clip.to(device)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: float32, unless `to` was told otherwise."""
+        return self.clip.token_embedding.weight.dtype
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextEncoder":
+        """Moves the weights, and casts them where a dtype is given; returns self."""
+        self.clip.to(device, dtype)
         return self
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "batch 77"]:
@@ -197,6 +293,12 @@ class TextEncoder:
         merges = [(left, right) for left, right in sorted(ranks, key=ranks.__getitem__)]
         return dict(self._tokenizer.encoder), merges
 
+    @functools.cached_property
+    def tokenizer_sha256(self) -> str:
+        """What makes two tokenizers the same: words, merges, and the ids of captions that want some mending."""
+        facts = [*self.vocabulary(), self.tokenize(_AWKWARD_CAPTIONS).tolist()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     @torch.no_grad()
     def embed_text(self, token_ids: Int[Tensor, "batch 77"]) -> Float[Tensor, "batch 77 width"]:
         """Hidden states of every position after the last block but one, then the final layer norm.
@@ -214,7 +316,7 @@ class TextEncoder:
         _, (hidden,) = self.clip.transformer.forward_intermediates(
             hidden, attn_mask=self.clip.attn_mask, indices=[penultimate], stop_early=True
         )
-        return self.clip.ln_final(hidden)
+        return self.clip.ln_final(hidden).float()
 
     def embed_captions(self, captions: Sequence[str]) -> Float[Tensor, "batch 77 width"]:
         """`embed_text` of `tokenize`."""

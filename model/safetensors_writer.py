@@ -6,7 +6,7 @@ mapped from another file, would then stand in memory twice.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,9 @@ DTYPE_NAMES: Final[dict[torch.dtype, str]] = {
     torch.bool: "BOOL",
 }
 """The format's names of the dtypes that are written here."""
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Key → dtype in the file, shape."""
 
 _ALIGNMENT: Final = 8
 
@@ -51,17 +54,40 @@ def save_safetensors(
     Raises:
         ValueError: a tensor has a dtype that the format does not know.
     """
+    layout = {key: (_dtype_in_file(key, tensor, dtype), tuple(tensor.shape)) for key, tensor in state_dict.items()}
+    write_safetensors(path, layout, state_dict.__getitem__, metadata=metadata)
+
+
+def write_safetensors(
+    path: Path | str,
+    layout: Layout,
+    tensor_of: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors that are made one after another, as `save_safetensors` does; each is asked for once.
+
+    Args:
+        path: the file; its folder is made.
+        layout: key → dtype in the file, shape.
+        tensor_of: gives the tensor of a key; called in the order of `file_order`.
+        metadata: strings for the file's header, beside `format: pt`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    layout = {key: (_dtype_in_file(key, tensor, dtype), tuple(tensor.shape)) for key, tensor in state_dict.items()}
-    # The widest dtypes first, so that every tensor begins at a multiple of its item's size.
-    names = sorted(layout, key=lambda key: (-layout[key][0].itemsize, _rank(layout[key][0]), key))
+    names = file_order(layout)
     scratch = path.with_name(path.name + ".tmp")
     with scratch.open("wb") as file:
         file.write(_header(names, layout, {"format": "pt", **(metadata or {})}))
         for name in names:
-            file.write(_data(state_dict[name], layout[name][0]))
+            file.write(_data(tensor_of(name), layout[name][0]))
     os.replace(scratch, path)
+
+
+def file_order(layout: Layout) -> list[str]:
+    """The keys in the order in which a file holds them: processes that make a tensor together agree on it by this."""
+    # The widest dtypes first, so that every tensor begins at a multiple of its item's size.
+    return sorted(layout, key=lambda key: (-layout[key][0].itemsize, _rank(layout[key][0]), key))
 
 
 def _dtype_in_file(key: str, tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
@@ -77,9 +103,7 @@ def _rank(dtype: torch.dtype) -> int:
     return order.index(DTYPE_NAMES[dtype])
 
 
-def _header(
-    names: list[str], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
+def _header(names: list[str], layout: Layout, metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:

@@ -43,6 +43,18 @@ LATENT_FACTOR: Final = 8
 DTYPE_NUM_BYTES: Final[dict[str, int]] = {"float16": 2, "float32": 4}
 """Dtypes in which tensors are stored. bfloat16 is absent on purpose: 8 bits of mantissa cost 0.4 % on means."""
 
+PRECISIONS: Final[tuple[str, ...]] = ("fp32", "bf16", "fp16")
+"""In which the frozen models may compute."""
+
+PIXEL_RANGE: Final = (-1.0, 1.0)
+"""Of the VAE's input. The mistake of [0, 1] is a silent one: the latents still look like latents."""
+
+CROP_RULE: Final = "bicubic_center"
+"""The shorter side to the resolution, by PIL's bicubic, then the central square: `model.crop.central_square`."""
+
+TEXT_LAYER: Final = "penultimate+ln_final"
+"""The hidden states that Stable Diffusion 2 reads."""
+
 SD2_SCALING_FACTOR: Final = 0.18215
 """Latents are posterior samples times this, so that they have about unit variance."""
 
@@ -115,6 +127,9 @@ class LatentSpec(_Spec):
         resolution_px: side of the square picture that was encoded.
         factor: pixels per latent cell, along one side.
         scaling_factor: what a posterior sample is multiplied by when latents are made; not applied to what is stored.
+        pixel_range: what black and white are to the VAE.
+        crop: how the square was cut: `bicubic_center` is `model.crop.central_square`.
+        precision: in which the VAE computed: `fp32`, `bf16` or `fp16`.
         dtype: `float16` or `float32`.
         weights_sha256: `preprocessing.contracts.digests.weights_sha256` of the VAE's folder.
     """
@@ -123,11 +138,18 @@ class LatentSpec(_Spec):
     resolution_px: int
     factor: int = 8
     scaling_factor: float
+    pixel_range: tuple[float, float] = PIXEL_RANGE
+    crop: str = CROP_RULE
+    precision: str = "fp32"
     dtype: str = "float16"
     weights_sha256: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pixel_range", tuple(self.pixel_range))  # JSON has lists only
         _check_dtype("LatentSpec", self.dtype)
+        _check_known("LatentSpec", "precision", self.precision, PRECISIONS)
+        _check_known("LatentSpec", "crop", self.crop, (CROP_RULE,))
+        _check_known("LatentSpec", "pixel_range", self.pixel_range, (PIXEL_RANGE,))
         if self.factor < 1 or self.resolution_px < 1 or self.resolution_px % self.factor:
             raise ValueError(
                 f"LatentSpec.resolution_px is {self.resolution_px}: make it a positive multiple of factor {self.factor}"
@@ -163,19 +185,28 @@ class TextSpec(_Spec):
         width: channels of the text tower.
         layer: which hidden states. `penultimate+ln_final`: without the last block, then the final layer norm.
         pad_token_id: what fills the context after the end token (0 in open_clip, not the end token).
+        tokenizer_sha256: `model.encoders.TextEncoder.tokenizer_sha256`: over its vocabulary, its merges, and what it
+            makes of some awkward captions; empty where nothing was tokenized.
+        precision: in which the text tower computed: `fp32`, `bf16` or `fp16`.
         dtype: `float16` or `float32`.
         weights_sha256: `preprocessing.contracts.digests.weights_sha256` of the text encoder's folder.
     """
 
     num_tokens: int = 77
     width: int
-    layer: str = "penultimate+ln_final"
+    layer: str = TEXT_LAYER
     pad_token_id: int = 0
+    tokenizer_sha256: str = ""
+    precision: str = "fp32"
     dtype: str = "float16"
     weights_sha256: str
 
     def __post_init__(self) -> None:
         _check_dtype("TextSpec", self.dtype)
+        _check_known("TextSpec", "precision", self.precision, PRECISIONS)
+        _check_known("TextSpec", "layer", self.layer, (TEXT_LAYER,))
+        _check_known("TextSpec", "pad_token_id", self.pad_token_id, (0,))
+        _check_known("TextSpec", "num_tokens", self.num_tokens, (77,))
 
     @property
     def embeddings_shape(self) -> tuple[int, int]:
@@ -186,6 +217,11 @@ class TextSpec(_Spec):
     def embeddings_num_bytes(self) -> int:
         """Bytes of one caption's embeddings."""
         return self.num_tokens * self.width * DTYPE_NUM_BYTES[self.dtype]
+
+    @property
+    def token_ids_num_bytes(self) -> int:
+        """Bytes of one caption's token ids, uint16."""
+        return self.num_tokens * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,3 +287,9 @@ class ScheduleSpec(_Spec):
 def _check_dtype(owner: str, dtype: str) -> None:
     if dtype not in DTYPE_NUM_BYTES:
         raise ValueError(f"{owner}.dtype is {dtype!r}: choose one of {', '.join(DTYPE_NUM_BYTES)}")
+
+
+def _check_known(owner: str, field: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        choices = " or ".join(map(repr, known))
+        raise ValueError(f"{owner}.{field} is {value!r}: this version knows {choices}")

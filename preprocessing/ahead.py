@@ -1,12 +1,15 @@
 """Generators that run in threads, a few items ahead of who takes them."""
 
+import collections
 import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class _Failure:
@@ -58,3 +61,30 @@ def read_ahead(make: Callable[[], Iterable[T]], num_items: int = 1) -> Iterator[
     finally:
         is_over.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def map_ahead(function: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[Iterator[U]]:
+    """Calls a function in threads, ahead of who takes its results; these come in the order of the items.
+
+    Args:
+        function: What to call.
+        items: With what; taken as there is room, one more than threads ahead.
+        num_threads: How many.
+    """
+    with ThreadPoolExecutor(num_threads, "map-ahead") as pool:
+        waiting: collections.deque[Future[U]] = collections.deque()
+
+        def take() -> Iterator[U]:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > num_threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        try:
+            yield take()
+        finally:
+            for future in waiting:
+                future.cancel()

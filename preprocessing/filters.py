@@ -27,9 +27,11 @@ Rule = tuple[Reason, pl.Expr, pl.Expr]
 """(reason, whether it refuses: never null, what it refused: never null)."""
 
 KEPT = len(Reason)
-"""The code of a row that no rule refuses; other codes are places in ``Reason``."""
+"""The code of a row that no rule refuses."""
 
-_CODES = {reason: code for code, reason in enumerate(Reason)}
+CODES = {reason: code for code, reason in enumerate(Reason)}
+"""Rules as numbers: places in ``Reason``."""
+
 _NOTHING = BlockLists()
 _MISSING = pl.lit("missing")
 
@@ -46,25 +48,32 @@ def judge(rows: pl.DataFrame, config: SelectConfig, blocked: BlockLists = _NOTHI
         As many rows, in the same order, with the columns ``reason`` (a ``Reason``'s value; null: kept) and ``detail``
         (the value that was refused; null: kept).
     """
-    rows, text = with_hosts(rows, blocked), list(text_rules(config, blocked))
-    return rows.select(*verdict([*score_rules(config), *text]))
+    rules = [*score_rules(config), *text_rules(config, blocked)]
+    judged = with_hosts(rows, blocked).with_columns(code_of(rules))
+    return judged.select(reason_of(pl.col("code")), detail_of(rules))
 
 
-def verdict(rules: Sequence[Rule]) -> tuple[pl.Expr, pl.Expr]:
-    """``reason`` and ``detail`` by the first rule that refuses; null where none does."""
-    if not rules:
-        return pl.lit(None, pl.String).alias("reason"), pl.lit(None, pl.String).alias("detail")
-    return (
-        pl.coalesce(pl.when(refused).then(pl.lit(reason.value)) for reason, refused, _ in rules).alias("reason"),
-        pl.coalesce(pl.when(refused).then(detail) for _, refused, detail in rules).alias("detail"),
-    )
+def reason_of(code: pl.Expr) -> pl.Expr:
+    """The value of the ``Reason`` that a code means, called ``reason``; null where the row is kept."""
+    return code.replace_strict(dict(enumerate(Reason)), default=None, return_dtype=pl.String).alias("reason")
+
+
+def detail_of(rules: Sequence[Rule]) -> pl.Expr:
+    """What the rule that a row's ``code`` names refused, called ``detail``; null where the row is kept.
+
+    Rules with one reason say the same of it.
+    """
+    detail = pl.lit(None, pl.String)
+    for reason, _, refused in rules:
+        detail = pl.when(pl.col("code") == CODES[reason]).then(refused).otherwise(detail)
+    return detail.alias("detail")
 
 
 def code_of(rules: Sequence[Rule]) -> pl.Expr:
     """The code of the first rule that refuses, else ``KEPT``; UInt8, called ``code``."""
     code: pl.Expr = pl.lit(KEPT, pl.UInt8)
     for reason, refused, _ in reversed(rules):
-        code = pl.when(refused).then(pl.lit(_CODES[reason], pl.UInt8)).otherwise(code)
+        code = pl.when(refused).then(pl.lit(CODES[reason], pl.UInt8)).otherwise(code)
     return code.alias("code")
 
 

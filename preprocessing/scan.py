@@ -1,14 +1,14 @@
 """Metadata files read once, each row judged by itself, the result cut into shards.
 
-A shard is ``rows_per_shard`` consecutive rows of all files. There are two ways to read a file, with one result:
-
-* whole: every column, and every row becomes a candidate or a reject. For any file, and wherever rejects are written;
-* quick: for plain Parquet files, where rejects are only counted. The numbers of a row group are read and judged first
-  (where it cannot have a row below the limit, ``punsafe`` alone), and its texts only if the numbers let a row pass;
-  of these, only the rows that pass are looked at.
+A shard is ``rows_per_shard`` consecutive rows of all files. Of plain Parquet files, the numbers of some row groups are
+read and judged first. Where rejects are only counted, the texts are read only if the numbers let a row pass, and only
+such rows are looked at. Of row groups that by their statistics have no null and no row below the limit, nothing is
+read: all their rows count as ``punsafe_high``, those too that are NaN or infinite. Where rejects are written,
+everything is read, since they have URL, uid and value, and NaN is ``punsafe_missing`` wherever it stands.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,26 +22,34 @@ from preprocessing.block_lists import BlockLists
 from preprocessing.contracts.config import SelectConfig
 from preprocessing.contracts.reasons import Reason
 from preprocessing.filters import (
+    CODES,
     KEPT,
+    Rule,
     code_of,
+    detail_of,
     sample_rules,
     score_rules,
     text_rules,
-    verdict,
     with_hosts,
 )
-from preprocessing.laion import ROWS, SCORES, MetadataFile, read_rows, read_scores, read_texts
+from preprocessing.laion import ROWS, SCORES, MetadataFile, PlainReader, Window, read_rows, windows
 from preprocessing.select_report import Tally
-from preprocessing.uids import uid_halves
+from preprocessing.spool import Spool
+from preprocessing.uids import with_uids
 
 _REASONS = tuple(Reason)
-_BATCHES_AHEAD = 1
-_JUDGED_ROWS = 32_768  # at once; each step waits for other threads
+_READS_AHEAD = 1
+_COUNTED_ROWS = 262_144  # read at once, where rejects are only counted: only some rows' texts are kept
+_WRITTEN_ROWS = 65_536  # read at once, where rejects are written
+
+_Read = tuple[pl.DataFrame, np.ndarray]
+"""Consecutive rows, or where refused ones are only counted those of them that pass by their numbers; and the code of
+each row of all by its numbers."""
 
 CANDIDATES = (
     "position", "uid_high", "uid_low", "url", "caption", *SCORES, "expected_md5", "expected_sha256", "source",
 )  # fmt: skip
-REJECTS = ("position", "uid_high", "uid_low", "url", "reason", "detail")
+REJECTS = ("position", "uid_high", "uid_low", "url", "code", "detail")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class ShardRows:
         num_in: Rows read.
         dropped: Refused rows by reason.
         candidates: The others, with the columns ``CANDIDATES``, in order.
-        rejects: The refused ones, with the columns ``REJECTS``, in order; empty where they are only counted.
+        rejects: The refused ones, with the columns ``REJECTS``, in order; None where they are only counted.
+        lost: Candidates that other rows beat, as rejects, in order.
     """
 
     index: int
@@ -71,7 +80,8 @@ class ShardRows:
     num_in: int
     dropped: Counter[str]
     candidates: pl.DataFrame
-    rejects: pl.DataFrame
+    rejects: Spool | None
+    lost: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def scan(
         blocked: What the block-lists hold.
         rows_per_shard: Rows in each shard; the last may have fewer.
         tally: Is told all scores.
-        scratch: Where copies of what is not here are made, one file at a time.
+        scratch: Where copies of what is not here are made, one file at a time, and rejects wait.
 
     Yields:
         All shards, in order.
@@ -118,17 +128,23 @@ def scan(
     """
     pieces = _pieces(files, config, blocked, tally, scratch)
     for index, parts in itertools.groupby(_cut(pieces, rows_per_shard), lambda piece: piece.start // rows_per_shard):
-        found = list(parts)
-        counts = sum(np.bincount(piece.codes, minlength=KEPT + 1) for piece in found)
-        assert isinstance(counts, np.ndarray)
-        rejects = [piece.rejects for piece in found if piece.rejects is not None]
+        rejects = None if config.rejects == "counts" else Spool(scratch / f"rejects-{index}.arrow")
+        start, counts = index * rows_per_shard, np.zeros(KEPT + 1, np.int64)
+        candidates = []
+        for piece in parts:
+            counts += np.bincount(piece.codes, minlength=KEPT + 1)
+            candidates.append(piece.candidates)
+            if rejects is not None and piece.rejects is not None:
+                rejects.add(piece.rejects)
+        if rejects is not None:
+            rejects.close()
         yield ShardRows(
             index=index,
-            start=found[0].start,
+            start=start,
             num_in=int(counts.sum()),
             dropped=Counter({_REASONS[code].value: int(counts[code]) for code in np.flatnonzero(counts[:KEPT])}),
-            candidates=pl.concat([piece.candidates for piece in found]),
-            rejects=pl.concat(rejects) if rejects else pl.DataFrame(schema=list(REJECTS)),
+            candidates=pl.concat(candidates),
+            rejects=rejects,
         )
 
 
@@ -154,8 +170,7 @@ def _pieces(
         judge = _Judge(config, blocked, source)
         with source.file.local(scratch) as path:
             done = 0
-            is_quick = config.rejects == "counts" and source.file.is_plain
-            for piece in judge.quick(path, position, tally) if is_quick else judge.slow(path, position, tally):
+            for piece in judge.judged(path, position, tally):
                 done += len(piece.codes)
                 yield piece
             source.file.check_unchanged()
@@ -166,106 +181,121 @@ class _Judge:
     """The rules, for the rows of one file."""
 
     def __init__(self, config: SelectConfig, blocked: BlockLists, source: SourceFile) -> None:
-        self._config = config
+        self._is_counting = config.rejects == "counts"
+        # Where rejects are written, everything is read, whatever statistics say.
+        self._hopeless_from = config.max_punsafe if self._is_counting else math.inf
         self._blocked = blocked
         self._source = source
         self._scores = list(score_rules(config))
         self._texts = list(text_rules(config, blocked))
         self._sample = list(sample_rules(config.subsample * source.share, blocked))
-        self._score_code = code_of(self._scores)
-        self._punsafe_code = code_of(self._scores[:2])
-        schema = {**ROWS, "position": pl.Int64, "source": pl.String, "uid_high": pl.UInt64, "uid_low": pl.UInt64}
-        self._nothing = pl.DataFrame(schema=schema).select(_CANDIDATE_COLUMNS)
+        self._detail = detail_of([*self._scores, *self._texts, *self._sample])
 
-    def slow(self, path: Path, base: int, tally: Tally) -> Iterator[_Piece]:
+    def judged(self, path: Path, base: int, tally: Tally) -> Iterator[_Piece]:
         """Judges a file, of which the first row has the position ``base``."""
-        for rows in read_rows(self._source.file, path):
-            tally.add_scores(rows.select(*SCORES))
-            yield self._whole(rows, base)
-            base += rows.height
+        with read_ahead(lambda: self._read(path, tally), _READS_AHEAD) as reads:
+            for rows, codes in reads:
+                yield self._piece(rows, codes, base)
+                base += len(codes)
 
-    def _whole(self, rows: pl.DataFrame, start: int) -> _Piece:
-        rows = with_hosts(rows, self._blocked).with_row_index("position", start)
-        rows = rows.with_columns(
-            pl.col("position").cast(pl.Int64), pl.lit(self._source.subset, pl.String).alias("source")
-        )
-        rules = [*self._scores, *self._texts]
-        if self._config.rejects == "counts":
-            codes = rows.select(code_of(rules))["code"].to_numpy().copy()
-            kept = self._sampled(rows.filter(codes == KEPT), codes, start)
-            return _Piece(start, codes, kept)
-        rows = rows.with_columns(*uid_halves(pl.col("url").fill_null(""), pl.col("caption").fill_null("")))
-        rules += self._sample
-        rows = rows.with_columns(code_of(rules), *verdict(rules))
-        is_kept = pl.col("code") == KEPT
-        return _Piece(
-            start,
-            rows["code"].to_numpy(),
-            rows.filter(is_kept).select(_CANDIDATE_COLUMNS),
-            rows.filter(~is_kept).select(REJECTS),
-        )
-
-    def quick(self, path: Path, base: int, tally: Tally) -> Iterator[_Piece]:
-        """Judges a plain file, of which the first row has the position ``base``."""
-        with read_ahead(lambda: self._groups(path, base, tally), _BATCHES_AHEAD) as batches:
-            for rows, codes, start in batches:
-                yield self._texts_judged(rows, codes, start) if rows.height else _Piece(start, codes, self._nothing)
-
-    def _groups(self, path: Path, base: int, tally: Tally) -> Iterator[tuple[pl.DataFrame, np.ndarray, int]]:
-        metadata = self._source.file.parquet_metadata
-        for index in range(metadata.num_row_groups):
-            yield from self._group(path, index, base, tally)
-            base += metadata.row_group(index).num_rows
-
-    def _group(self, path: Path, index: int, base: int, tally: Tally) -> Iterator[tuple[pl.DataFrame, np.ndarray, int]]:
-        """Reads one row group: rows that pass by their numbers, codes of all rows by these, position of the first."""
+    def _read(self, path: Path, tally: Tally) -> Iterator[_Read]:
         file = self._source.file
-        codes, kept = [], []
-        for scores in read_scores(file, path, index, self._config.max_punsafe):
-            code = self._score_code if scores.width == len(SCORES) else self._punsafe_code
-            found = scores.select(code)["code"].to_numpy()
-            codes.append(found)
-            if scores.width == len(SCORES):
-                kept.append(scores.filter(found == KEPT))
-            tally.add_scores(scores)
-        all_codes = np.concatenate(codes) if codes else np.empty(0, np.uint8)
-        passing = np.flatnonzero(all_codes == KEPT)
-        if not len(passing):
-            yield self._nothing, all_codes, base
+        if not file.is_plain:
+            yield from self._read_slowly(path, tally)
             return
-        numbers, done, start = pl.concat(kept), 0, 0
-        waiting: list[pl.DataFrame] = []
-        for texts in read_texts(file, path, index, passing):
-            waiting.append(texts)
-            num_rows = sum(part.height for part in waiting)
-            if num_rows < _JUDGED_ROWS and done + num_rows < len(passing):
-                continue
-            rows = pl.concat([pl.concat(waiting), numbers.slice(done, num_rows)], how="horizontal")
-            rows = rows.with_columns(position=pl.Series(passing[done : done + num_rows] + base))
-            waiting, done = [], done + num_rows
-            stop = int(passing[done]) if done < len(passing) else len(all_codes)
-            yield rows, all_codes[start:stop].copy(), base + start
-            start = stop
-            if done == len(passing):
-                return
+        reader = PlainReader(file, path)
+        for window in windows(file, self._hopeless_from, _COUNTED_ROWS if self._is_counting else _WRITTEN_ROWS):
+            read = self._read_window(reader, window, tally)
+            if read is None:
+                yield from self._read_slowly(path, tally, window.start, window.start + window.num_rows)
+            else:
+                yield read
 
-    def _texts_judged(self, rows: pl.DataFrame, codes: np.ndarray, start: int) -> _Piece:
-        rows = with_hosts(rows, self._blocked)
-        rows = rows.with_columns(pl.lit(self._source.subset, pl.String).alias("source"))
-        found = rows.select(code_of(self._texts))["code"].to_numpy()
-        codes[rows["position"].to_numpy() - start] = found
-        if (found != KEPT).any():
-            rows = rows.filter(found == KEPT)
-        return _Piece(start, codes, self._sampled(rows, codes, start))
+    def _read_slowly(self, path: Path, tally: Tally, start: int = 0, stop: int | None = None) -> Iterator[_Read]:
+        for rows in read_rows(self._source.file, path, start, stop):
+            tally.add_scores(rows)
+            codes = _codes(rows, self._scores)
+            yield (_compact(rows.filter(codes == KEPT)) if self._is_counting else rows), codes
 
-    def _sampled(self, rows: pl.DataFrame, codes: np.ndarray, start: int) -> pl.DataFrame:
-        """Candidates with their uids, after the rules that need these; writes the codes of those that go."""
-        rows = rows.with_columns(*uid_halves(pl.col("url"), pl.col("caption").fill_null("")))
-        if self._sample:
-            found = rows.select(code_of(self._sample))["code"].to_numpy()
-            codes[rows["position"].to_numpy() - start] = found
-            rows = rows.filter(found == KEPT)
-        return rows.select(_CANDIDATE_COLUMNS)
+    def _read_window(self, reader: PlainReader, window: Window, tally: Tally) -> _Read | None:
+        """None where it must be read slowly."""
+        if window.is_hopeless:
+            return _NO_ROWS, np.full(window.num_rows, CODES[Reason.PUNSAFE_HIGH], np.uint8)
+        scores = reader.read(window, SCORES)
+        if scores is None:
+            return None
+        codes = _codes(scores, self._scores)
+        passes = codes == KEPT
+        if self._is_counting and not passes.any():
+            tally.add_scores(scores)
+            return _NO_ROWS, codes
+        rows = _texts_of(reader, window, passes if self._is_counting else None)
+        if rows is None:
+            return None
+        tally.add_scores(scores)
+        return rows.hstack(scores.filter(passes) if self._is_counting else scores), codes
+
+    def _piece(self, rows: pl.DataFrame, codes: np.ndarray, start: int) -> _Piece:
+        """The rows after all rules, from those that were read and what the numbers say of all."""
+        if self._is_counting and not rows.height:
+            return _Piece(start, codes, _NO_CANDIDATES)
+        codes = codes.copy()
+        places = np.flatnonzero(codes == KEPT) if self._is_counting else np.arange(len(codes))
+        rows = rows.with_columns(
+            position=pl.Series(places + start, dtype=pl.Int64), source=pl.lit(self._source.subset, pl.String)
+        )
+        if not self._is_counting:
+            rows = with_uids(rows)
+        kept = rows if self._is_counting else rows.filter(codes == KEPT)
+        kept = _refused(with_hosts(kept, self._blocked), self._texts, codes, start)
+        if self._is_counting:
+            kept = with_uids(kept)
+        kept = _refused(kept, self._sample, codes, start)
+        kept = kept.select(_CANDIDATE_COLUMNS)
+        if self._is_counting:
+            return _Piece(start, codes, kept)
+        rejects = rows.with_columns(code=codes).filter(codes != KEPT).with_columns(self._detail).select(REJECTS)
+        return _Piece(start, codes, _compact(kept), rejects)
 
 
+def _texts_of(reader: PlainReader, window: Window, is_wanted: np.ndarray | None) -> pl.DataFrame | None:
+    """The texts of some rows: one column after the other, since all texts of a window are much."""
+    columns = []
+    for names in (("url",), ("caption",), ("language", "expected_md5", "expected_sha256", "is_text")):
+        read = reader.read(window, names)
+        if read is None:
+            return None
+        columns.append(read if is_wanted is None else _compact(read.filter(is_wanted)))
+        del read
+    return pl.concat(columns, how="horizontal")
+
+
+def _codes(rows: pl.DataFrame, rules: Sequence[Rule]) -> np.ndarray:
+    return rows.select(code_of(rules))["code"].to_numpy()
+
+
+def _refused(rows: pl.DataFrame, rules: Sequence[Rule], codes: np.ndarray, start: int) -> pl.DataFrame:
+    """The rows that pass some rules; the codes of the others are written among those of all rows."""
+    if not rules:
+        return rows
+    found = _codes(rows, rules)
+    codes[rows["position"].to_numpy() - start] = found
+    return rows if (found == KEPT).all() else rows.filter(found == KEPT)
+
+
+def _compact(rows: pl.DataFrame) -> pl.DataFrame:
+    """The same rows in memory of their own: a few of many would keep the texts of all."""
+    texts = [name for name, dtype in rows.schema.items() if dtype == pl.String]
+    copied = pl.from_arrow(rows.select(texts).to_arrow(compat_level=pl.CompatLevel.oldest()))
+    assert isinstance(copied, pl.DataFrame)
+    return rows.with_columns(copied)
+
+
+_NO_ROWS = pl.DataFrame(schema=dict(ROWS))
 _CANDIDATE_COLUMNS = [pl.col(name).fill_null("") if name == "caption" else pl.col(name) for name in CANDIDATES]
+_NO_CANDIDATES = _NO_ROWS.with_columns(
+    position=pl.lit(0, pl.Int64),
+    source=pl.lit(None, pl.String),
+    uid_high=pl.lit(0, pl.UInt64),
+    uid_low=pl.lit(0, pl.UInt64),
+).select(_CANDIDATE_COLUMNS)

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,27 @@ from preprocessing.contracts.digests import digest_of
 from preprocessing.contracts.manifest import Manifest
 from preprocessing.contracts.schemas import REJECTS, SELECTED
 from preprocessing.demo.metadata import metadata_key, put_metadata, write_metadata
+from preprocessing.filters import reason_of
 from preprocessing.laion import find_metadata, open_metadata
 from preprocessing.releases import check_withdrawn
+from preprocessing.scan import REJECTS as REJECTED
 from preprocessing.scan import ShardRows, SourceFile, scan
 from preprocessing.select_report import Tally, limits_of, write_report
-from preprocessing.stage import ShardOutput, WrittenFile
+from preprocessing.spool import Spool
+from preprocessing.stage import PARQUET_WRITER, ShardOutput, WrittenFile
 from preprocessing.uids import threshold, uid_text
 from preprocessing.winners import Winners, are_needed
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 _SHARDS_AHEAD = 1
-_WRITERS = 1
+_WRITES_AHEAD = 1
 _NO_REJECTS = pa.Table.from_batches([], REJECTS)  # REJECTS.empty_table() would import pandas, which takes a second
 # Texts hardly ever repeat: dictionaries and least values of them cost time and save nothing.
 _WRITER = {
     "compression": "zstd",
     "compression_level": 1,
-    "use_dictionary": ["source", "split"],
+    "use_dictionary": False,
     "write_statistics": ["width", "height", "similarity", "punsafe", "pwatermark", "aesthetic"],
 }
 
@@ -137,6 +141,8 @@ class SelectStage:
                     tally.add_shard(shard.num_in, shard.dropped, shard.candidates)
                     if shard.index in wanted:
                         yield shard
+                    elif shard.rejects is not None:
+                        shard.rejects.discard()
 
             with read_ahead(decided, _SHARDS_AHEAD) as shards:
                 yield from _in_order(lambda shard: _output(shard, self._config, folder), shards)
@@ -188,20 +194,17 @@ def _against_each_other(
     waiting = []
     for shard in shards:
         winners.add(shard.candidates)
-        for part in ("candidates", "rejects"):
-            getattr(shard, part).write_ipc(folder / f"{part}-{shard.index}", compression="uncompressed")
-        waiting.append((shard.index, shard.start, shard.num_in, shard.dropped))
+        candidates = Spool(folder / f"candidates-{shard.index}.arrow")
+        candidates.add(shard.candidates)
+        candidates.close()
+        waiting.append((candidates, replace(shard, candidates=shard.candidates.clear())))
     winners.resolve()
-    for index, start, num_in, dropped in waiting:
-        paths = [folder / f"{part}-{index}" for part in ("candidates", "rejects")]
-        candidates, rejects = (pl.read_ipc(path) for path in paths)
-        for path in paths:
-            path.unlink()
-        shard = ShardRows(index, start, num_in, dropped, candidates, rejects)
-        yield _without_losers(shard, winners, config)
+    for candidates, shard in waiting:
+        found = pl.concat([shard.candidates, *candidates.parts()])
+        yield _without_losers(replace(shard, candidates=found), winners)
 
 
-def _without_losers(shard: ShardRows, winners: Winners, config: SelectConfig) -> ShardRows:
+def _without_losers(shard: ShardRows, winners: Winners) -> ShardRows:
     positions, reasons = winners.losers(shard.start, shard.start + shard.num_in)
     if not len(positions):
         return shard
@@ -210,39 +213,49 @@ def _without_losers(shard: ShardRows, winners: Winners, config: SelectConfig) ->
     names = [reason.value for reason in winners.reasons]
     counts = np.bincount(reasons, minlength=len(names))
     dropped = shard.dropped + Counter(dict(zip(names, counts.tolist(), strict=True)))
-    rejects = shard.rejects
-    if config.rejects == "all":
-        lost = shard.candidates.filter(is_lost).select(
-            "position",
-            "uid_high",
-            "uid_low",
-            "url",
-            reason=pl.Series([names[code] for code in reasons], dtype=pl.String),
-            detail=pl.lit(None, pl.String),
-        )
-        rejects = pl.concat([rejects, lost]).sort("position") if rejects.height else lost
-    return ShardRows(shard.index, shard.start, shard.num_in, dropped, shard.candidates.filter(~is_lost), rejects)
+    lost = None
+    if shard.rejects is not None:
+        code = pl.Series(winners.codes[reasons], dtype=pl.UInt8)
+        lost = shard.candidates.filter(is_lost).with_columns(code=code, detail=pl.lit(None, pl.String)).select(REJECTED)
+    return replace(shard, dropped=dropped, candidates=shard.candidates.filter(~is_lost), lost=lost)
 
 
 def _output(shard: ShardRows, config: SelectConfig, folder: Path) -> ShardOutput:
-    table = _as_selected(shard.candidates, config)
-    name = f"shard-{shard.index:05d}.parquet"
-    pq.write_table(table, folder / name, **_WRITER)
-    rows = WrittenFile(name, folder / name, table.num_rows)
-    if config.rejects == "counts":
-        return ShardOutput(shard.index, shard.num_in, (rows,), _NO_REJECTS, dict(shard.dropped))
-    return ShardOutput(shard.index, shard.num_in, (rows,), _as_rejects(shard.rejects))
+    """Writes a shard's files; where no row is kept, there is no file of rows."""
+    rows = ()
+    if shard.candidates.height:
+        name = f"shard-{shard.index:05d}.parquet"
+        pq.write_table(_as_selected(shard.candidates, config), folder / name, **_WRITER)
+        rows = (WrittenFile(name, folder / name, shard.candidates.height),)
+    rejects = _NO_REJECTS if shard.rejects is None else _write_rejects(shard, shard.rejects, folder)
+    return ShardOutput(shard.index, shard.num_in, rows, rejects, dict(shard.dropped))
+
+
+def _write_rejects(shard: ShardRows, rejects: Spool, folder: Path) -> WrittenFile:
+    """Writes refused rows and those that lost against others, in order, some at a time, since they are many."""
+    name, num_rows = f"rejects-{shard.index:05d}.parquet", 0
+    lost = pl.DataFrame() if shard.lost is None else shard.lost
+    with pq.ParquetWriter(folder / name, REJECTS, **PARQUET_WRITER) as writer:
+        for part in rejects.parts():
+            if lost.height:
+                num_before = int(np.searchsorted(lost["position"].to_numpy(), part["position"][-1]))
+                part = pl.concat([part, lost.head(num_before)]).sort("position")
+                lost = lost.slice(num_before)
+            writer.write_table(_as_rejects(part))
+            num_rows += part.height
+        if lost.height:
+            writer.write_table(_as_rejects(lost))
+    return WrittenFile(name, folder / name, num_rows + lost.height)
 
 
 def _in_order(make: Callable[[ShardRows], ShardOutput], shards: Iterator[ShardRows]) -> Iterator[ShardOutput]:
     """Makes files of shards in a thread of their own, beside the scan and the upload; in the order of the shards."""
     waiting: deque[Future[ShardOutput]] = deque()
-    with ThreadPoolExecutor(_WRITERS, "select-write") as pool:
+    with ThreadPoolExecutor(1, "select-write") as pool:
         for shard in shards:
             waiting.append(pool.submit(make, shard))
-            num_ahead = _WRITERS if not shard.rejects.height else 1  # rejects are many
             del shard
-            if len(waiting) >= num_ahead:
+            if len(waiting) > _WRITES_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -258,11 +271,9 @@ def _as_selected(kept: pl.DataFrame, config: SelectConfig) -> pa.Table:
 
 
 def _as_rejects(refused: pl.DataFrame) -> pa.Table:
-    if not refused.height:
-        return _NO_REJECTS
-    table = refused.select("url", "reason", "detail").to_arrow(compat_level=pl.CompatLevel.oldest())
+    columns = refused.select("url", reason_of(pl.col("code")), "detail")
     uids = uid_text(refused["uid_high"].to_numpy(), refused["uid_low"].to_numpy())
-    return table.add_column(0, "uid", uids).cast(REJECTS)
+    return columns.to_arrow(compat_level=pl.CompatLevel.oldest()).add_column(0, "uid", uids).cast(REJECTS)
 
 
 def check_gate(manifest: Manifest, config: SelectConfig) -> None:

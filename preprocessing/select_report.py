@@ -101,6 +101,8 @@ class Tally:
         self._num_in += num_in
         self._num_out += kept.height
         self._dropped.update(dropped)
+        if not kept.height:
+            return
         for name, histogram in self._after.items():
             histogram.add(kept[name])
         if kept["source"].null_count() < kept.height:

@@ -21,10 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from infra.errors import ContractError, TransientError
-from infra.storage import AlreadyExistsError, ConflictError, ObjectNotFoundError, ObjectStore, sha256_of_file
+from infra.errors import TransientError
+from infra.storage import (
+    AlreadyExistsError,
+    ConflictError,
+    ObjectNotFoundError,
+    ObjectStore,
+    sha256_of_bytes,
+    sha256_of_file,
+)
 from preprocessing.contracts.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     CommittedShard,
     DatasetFile,
@@ -32,6 +38,8 @@ from preprocessing.contracts.manifest import (
     ShardReport,
     Split,
     dataset_prefix,
+    find_manifest,
+    load_manifest,
 )
 from preprocessing.contracts.schemas import REJECTS
 
@@ -85,8 +93,9 @@ class ShardOutput:
         index: Of the shard.
         num_in: Rows read.
         rows: Kept rows, in one file or one a split.
-        rejects: Refused rows, in the ``REJECTS`` schema.
-        dropped: Where refused rows are only counted, their number by reason; ``rejects`` is not written then.
+        rejects: Refused rows, in the ``REJECTS`` schema: a table, or a file that the kernel wrote.
+        dropped: Refused rows by reason, where ``rejects`` is a file, or where they are only counted and the table is
+            not written.
         is_repeatable: Whether making it again gives the same bytes. Where it does not, file names carry their hash: of
             two runs at once, none replaces what the other's report names.
     """
@@ -94,7 +103,7 @@ class ShardOutput:
     index: int
     num_in: int
     rows: tuple[RowsFile | WrittenFile, ...]
-    rejects: pa.Table
+    rejects: pa.Table | WrittenFile
     dropped: Mapping[str, int] | None = None
     is_repeatable: bool = True
 
@@ -155,7 +164,7 @@ class Stage(Protocol):
         ...
 
     def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        """Makes the given shards, in any order, each exactly once."""
+        """Makes the given shards, in any order, each once, but for those that somebody else has committed."""
         ...
 
 
@@ -167,32 +176,6 @@ def rejects_table(
         [pa.array(uids, pa.string()), pa.array(urls, pa.string()), reasons, pa.array(details, pa.string())],
         schema=REJECTS,
     )
-
-
-def load_manifest(store: ObjectStore, prefix: str) -> Manifest:
-    """Reads a dataset's manifest.
-
-    Raises:
-        ObjectNotFoundError: There is none: the dataset is not complete.
-        ContractError: It is not a manifest of a format that this version reads.
-    """
-    key = f"{prefix}/{MANIFEST_NAME}"
-    try:
-        return Manifest.model_validate_json(store.read(key))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ContractError(
-            f"{store.uri_of(key)}: not a manifest of format {FORMAT_VERSION} "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']}); make the dataset again with this version"
-        ) from error
-
-
-def find_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
-    """The dataset's manifest, or None where the dataset is not complete."""
-    try:
-        return load_manifest(store, prefix)
-    except ObjectNotFoundError:
-        return None
 
 
 def run_stage(store: ObjectStore, stage: Stage, on_progress: ProgressCallback | None = None) -> Manifest:
@@ -215,10 +198,7 @@ def run_stage(store: ObjectStore, stage: Stage, on_progress: ProgressCallback | 
         return done
     reports = run_shards(store, stage, range(stage.num_shards), on_progress)
     with _scratch(stage) as scratch:
-        extra = [
-            _upload(store, prefix, path, DatasetFile(name=path.name, num_bytes=0, sha256="", kind="extra"))
-            for path in stage.write_extra_files(scratch)
-        ]
+        extra = [_put_extra_file(store, prefix, path) for path in stage.write_extra_files(scratch)]
     shards = [reports[index] for index in sorted(reports)]
     _sweep(store, prefix, {file.name for shard in shards for file in shard.files} | {file.name for file in extra})
     return _commit_manifest(store, prefix, stage, shards, extra)
@@ -258,6 +238,11 @@ def run_shards(
             report = _commit_report(store, stage, made)
             reports[report.index] = report
             notify(Progress(stage.name, len(reports), len(indices), report))
+    for index in todo:
+        # A stage may leave out what somebody else commits while it is busy with other shards.
+        if index not in reports and (report := find_report(store, stage, index)) is not None:
+            reports[index] = report
+            notify(Progress(stage.name, len(reports), len(indices), was_done=True))
     missing = sorted(set(indices) - set(reports))
     if missing:
         raise RuntimeError(f"{stage.name}: shards {missing[:10]} were not made, and nothing said why")
@@ -280,6 +265,13 @@ def _scratch(stage: Stage) -> Iterator[Path]:
 def find_report(store: ObjectStore, stage: Stage, index: int) -> ShardReport | None:
     """A shard's report if it is there, is of this dataset, and its files have the sizes that it says; else None."""
     return _find_report(store, stage, index)[0]
+
+
+def reported_shards(store: ObjectStore, stage: Stage) -> set[int]:
+    """The shards that have a report, whatever it says: one listing, where `find_report` looks closely at one."""
+    beginning = _report_key(dataset_prefix(stage.name, stage.digest), 0).removesuffix("00000.json")
+    names = (info.key.removeprefix(beginning).removesuffix(".json") for info in store.list(beginning))
+    return {int(name) for name in names if name.isdecimal()}
 
 
 def _find_report(store: ObjectStore, stage: Stage, index: int) -> tuple[ShardReport | None, str | None]:
@@ -330,15 +322,17 @@ def commit_shard(store: ObjectStore, prefix: str, output: ShardOutput, scratch: 
         path = rows.write(scratch)
         entry = DatasetFile(name=rows.name, num_bytes=0, sha256="", num_rows=rows.num_rows, split=rows.split)
         files.append(_upload(store, prefix, path, entry, output.is_repeatable))
-    if output.dropped is None:
+    rejects, counted = output.rejects, output.dropped
+    if counted is None:
+        assert not isinstance(rejects, WrittenFile), "who writes rejects counts them"
+        counted = {item["values"]: item["counts"] for item in rejects.column("reason").value_counts().to_pylist()}
         name = f"rejects-{output.index:05d}.parquet"
-        pq.write_table(output.rejects, scratch / name, **PARQUET_WRITER)
-        entry = DatasetFile(name=name, num_bytes=0, sha256="", num_rows=output.rejects.num_rows, kind="rejects")
-        files.append(_upload(store, prefix, scratch / name, entry, output.is_repeatable))
-        counted = output.rejects.column("reason").value_counts().to_pylist()
-        dropped = {item["values"]: item["counts"] for item in counted}
-    else:
-        dropped = {reason: count for reason, count in output.dropped.items() if count}
+        pq.write_table(rejects, scratch / name, **PARQUET_WRITER)
+        rejects = WrittenFile(name, scratch / name, rejects.num_rows)
+    if isinstance(rejects, WrittenFile):
+        entry = DatasetFile(name=rejects.name, num_bytes=0, sha256="", num_rows=rejects.num_rows, kind="rejects")
+        files.append(_upload(store, prefix, rejects.path, entry, output.is_repeatable))
+    dropped = {reason: count for reason, count in counted.items() if count}
     return ShardReport(
         index=output.index,
         num_in=output.num_in,
@@ -391,6 +385,19 @@ def _upload(store: ObjectStore, prefix: str, path: Path, entry: DatasetFile, is_
     uploaded = store.upload(f"{prefix}/{name}", path, sha256)
     path.unlink()
     return entry.model_copy(update={"name": name, "num_bytes": uploaded.num_bytes, "sha256": uploaded.sha256})
+
+
+def _put_extra_file(store: ObjectStore, prefix: str, path: Path) -> DatasetFile:
+    """Writes a small file of the whole dataset; where another run wrote one first, that one stands.
+
+    It may have other bytes, from a machine that rounds otherwise, and a manifest may name it by now.
+    """
+    key, data = f"{prefix}/{path.name}", path.read_bytes()
+    try:
+        store.put_if_absent(key, data)
+    except AlreadyExistsError:
+        data = store.read(key)
+    return DatasetFile(name=path.name, num_bytes=len(data), sha256=sha256_of_bytes(data), kind="extra")
 
 
 def _commit_manifest(

@@ -15,19 +15,23 @@ _HALF = 2**64
 _HEX = np.frombuffer(b"".join(b"%02x" % value for value in range(256)), np.uint16)
 
 
-def uid_halves(url: pl.Expr, caption: pl.Expr) -> tuple[pl.Expr, pl.Expr]:
-    """The halves of ``uid_of``, as UInt64, called ``uid_high`` and ``uid_low``; neither column may have nulls."""
+def with_uids(rows: pl.DataFrame) -> pl.DataFrame:
+    """Adds the halves of ``uid_of`` of ``url`` and ``caption``, as UInt64: ``uid_high`` and ``uid_low``.
+
+    A null counts as an empty text.
+    """
+    url, caption = (pl.col(name).fill_null("") for name in ("url", "caption"))
     whole = pl.concat_str(url.str.len_bytes().cast(pl.String), pl.lit(":"), url, caption)
-    return _halves(whole, "uid")
+    hashed = rows.select(whole.nchash.xxh3_128())  # pyright: ignore[reportAttributeAccessIssue]  # as below
+    return rows.hstack(hashed.select(_halves(pl.first(), "uid")))  # in two steps, or it would be hashed twice
 
 
 def url_halves(url: pl.Expr) -> tuple[pl.Expr, pl.Expr]:
     """XXH3-128 of the URL in halves, called ``url_high`` and ``url_low``."""
-    return _halves(url, "url")
+    return _halves(url.nchash.xxh3_128(), "url")  # pyright: ignore[reportAttributeAccessIssue]  # registered at run time
 
 
-def _halves(text: pl.Expr, name: str) -> tuple[pl.Expr, pl.Expr]:
-    whole = text.nchash.xxh3_128()  # pyright: ignore[reportAttributeAccessIssue]  # registered at run time
+def _halves(whole: pl.Expr, name: str) -> tuple[pl.Expr, pl.Expr]:
     return (
         (whole // _HALF).cast(pl.UInt64).alias(f"{name}_high"),
         (whole % _HALF).cast(pl.UInt64).alias(f"{name}_low"),

@@ -20,6 +20,7 @@ import polars as pl
 from preprocessing.block_lists import host_of
 from preprocessing.contracts.config import SelectConfig
 from preprocessing.contracts.reasons import Reason
+from preprocessing.filters import CODES
 from preprocessing.uids import url_halves
 
 _ROWS_PER_FILE = 500_000
@@ -113,6 +114,11 @@ class Winners:
     def reasons(self) -> tuple[Reason, ...]:
         """The rules, by place."""
         return _RULES
+
+    @property
+    def codes(self) -> np.ndarray:
+        """The rules' codes, as ``filters`` has them, by place."""
+        return np.array([CODES[reason] for reason in _RULES], np.uint8)
 
     def _lose(self, positions: np.ndarray, reason: Reason | np.ndarray) -> None:
         losers = np.empty(len(positions), _LOSER)

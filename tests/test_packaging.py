@@ -21,7 +21,7 @@ def test_no_other_distribution_owns_our_names():
         ("flows.pipeline", {"torch", "pyarrow"}),
         ("flows.cli", {"torch", "pyarrow", "prefect"}),
         ("preprocessing.contracts.schemas", {"torch", "prefect"}),
-        ("preprocessing.encode", {"torch", "prefect"}),
+        ("preprocessing.encode.stage", {"torch", "prefect"}),
         ("model.specs", {"torch", "numpy"}),
         ("training.launch", {"torch", "prefect"}),
         ("training.step", {"prefect", "deepspeed"}),

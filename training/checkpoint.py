@@ -1,77 +1,44 @@
 """Checkpoints: committed so that a half-written one is never believed, and believed only after every hash is checked.
 
-Order of a commit: all ranks write into a scratch folder → all agree that they have → sizes and sha256 → upload →
-``MANIFEST.json`` last. DeepSpeed's own ``latest`` file is neither written nor read: it is written before it is known
-that the other ranks have finished, and its loader unpickles whatever it finds. Here nothing is unpickled before its
-sha256 is checked.
+Order of a save: all ranks put the state together in rank 0's scratch folder (`training.saved_state` says what is in it)
+→ training goes on, and a thread commits: sizes and sha256 → upload → ``MANIFEST.json`` by put-if-absent → the run's
+channel ``newest`` by compare-and-swap → old ones are deleted. At most one is on its way; the next save waits for it.
 
 ```
-runs/{run_id}/checkpoints/step-00000100/
-    deepspeed/state/…       optimizer and parameters, in DeepSpeed's layout: to go on from
-    unet/ ema/              diffusers folders, float32 safetensors: for everybody else
-    state.json              step, position, digests, config
-    MANIFEST.json
+runs/{run_id}/checkpoints/step-00000100/{unet/ ema/ optimizer/ generators.safetensors state.json MANIFEST.json}
+runs/{run_id}/channels/newest.json      the proof that there are checkpoints, whatever a listing says
 ```
 """
 
+import contextlib
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 import torch.distributed as dist
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file
 
-from infra.bundles import (
-    MANIFEST_NAME,
-    commit_bundle,
-    fetch_bundle,
-    list_bundles,
-    verify_bundle,
-)
-from infra.channels import read_channel
+from infra.bundles import MANIFEST_NAME, commit_bundle, fetch_bundle, load_bundle, manifest_sha256, verify_bundle
+from infra.channels import ChannelPointer, channel_key, move_channel, pointer_to, read_channel
 from infra.errors import ContractError, TransientError
 from infra.storage import ObjectNotFoundError, ObjectStore
-from model.safetensors_writer import save_safetensors
-from model.weights import WEIGHTS_NAME
+from training.checkpoint_upload import Uploader
+from training.child import emit
 from training.ema import Ema
-from training.runspec import checkpoint_prefix, checkpoints_prefix, step_of
+from training.retention import Retention, delete_old, list_checkpoints
+from training.runspec import checkpoint_prefix, run_prefix, step_of
+from training.saved_state import TrainingState, read_state, save_state
 
 LOGGER = logging.getLogger(__name__)
 
 DAMAGED_NAME: Final = "DAMAGED.json"
 """What the manifest of a damaged checkpoint is renamed to, so that the step can be committed again."""
 
-_DEEPSPEED_FOLDER = "deepspeed"
-_TAG = "state"
-
-
-class TrainingState(BaseModel):
-    """What a resumed run must know besides tensors.
-
-    Attributes:
-        step: Optimizer steps taken; the next one draws with this number.
-        position: Samples seen: where the order goes on.
-        ema_num_updates: How often the average was updated.
-        world_size: Processes that wrote; DeepSpeed's optimizer state is divided among as many.
-        run_digest: Of what determines the run.
-        dataset_digest: Of the dataset.
-        config: The `TrainConfig`, for people.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: int
-    position: int
-    ema_num_updates: int
-    world_size: int
-    run_digest: str
-    dataset_digest: str
-    config: dict[str, Any]
+NEWEST: Final = "newest"
+"""The run's own channel: moved after each commit."""
 
 
 @dataclass(frozen=True)
@@ -82,83 +49,119 @@ class Checkpoints:
         store: Where they are.
         run_id: The run.
         scratch: A local folder that all ranks share and nobody else uses.
-        keep: How many of the newest are kept.
+        retention: Which are kept.
+        uploader: Commits them.
     """
 
     store: ObjectStore
     run_id: str
     scratch: Path
-    keep: int
+    retention: Retention = field(default_factory=Retention)
+    uploader: Uploader = field(default_factory=Uploader)
 
     # -------------------------------------------------------------------------------------------------------- saving
 
-    def save(self, engine: Any, unet: UNet2DConditionModel, ema: Ema | None, state: TrainingState) -> str:
-        """Writes and commits a checkpoint. All ranks call it; it returns when it is committed.
+    def save(
+        self,
+        engine: Any,
+        unet: UNet2DConditionModel,
+        ema: Ema | None,
+        state: TrainingState,
+        before_commit: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Saves the state as it is now, and begins to commit it. All ranks call it.
+
+        It returns when the state is in scratch: the training may go on. `take_committed` tells when it is committed.
 
         Args:
             engine: The DeepSpeed engine.
             unet: The module inside it; its parameters are whole on every rank.
             ema: On rank 0.
             state: Where the run is; rank 0's is written.
-
-        Returns:
-            The checkpoint's key.
+            before_commit: Objects, key → content, that are put before the manifest.
 
         Raises:
-            TransientError: The store did not take it, or a rank's file is missing.
+            TransientError: The save before this one could not be committed; on all ranks.
         """
+        self.wait()
         folder = self.scratch / "checkpoint"
         if _is_first():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(folder / _DEEPSPEED_FOLDER), tag=_TAG, save_latest=False)
-        dist.barrier()  # every rank has written; one that could not has raised, and the launcher stops the others
-        prefix = checkpoint_prefix(self.run_id, state.step)
+        save_state(folder, engine, unet, ema, state)
+        dist.barrier()  # every rank has given its part; one that could not has raised, and the others are stopped
         if _is_first():
-            assert ema is not None
-            _check_all_ranks_wrote(folder, engine, state)
-            _write_weights(folder, unet, ema)
-            (folder / "state.json").write_text(state.model_dump_json(indent=1), encoding="utf-8")
-            commit_bundle(
-                self.store,
-                prefix,
-                folder,
-                kind="checkpoint",
-                run_id=self.run_id,
-                step=state.step,
-                metadata={
-                    "run_digest": state.run_digest,
-                    "dataset_digest": state.dataset_digest,
-                    "config": state.config,
-                },
+            objects = dict(before_commit or {})
+            self.uploader.start(
+                checkpoint_prefix(self.run_id, state.step), lambda: self._commit(folder, state, objects)
             )
-            shutil.rmtree(folder)
-            self.rotate()
-        dist.barrier()
-        return prefix
+
+    def wait(self) -> None:
+        """Returns when nothing is on its way any more. All ranks call it.
+
+        Raises:
+            TransientError: What was on its way could not be committed; on all ranks.
+        """
+        problem: list[str | None] = [None]
+        error: BaseException | None = None
+        if _is_first():
+            try:
+                # An event, so that the launcher does not take us for hung.
+                self.uploader.wait(lambda prefix: emit({"event": "uploading", "prefix": prefix}))
+            except BaseException as caught:  # raised below, once the others know
+                error, problem = caught, [str(caught) or type(caught).__name__]
+        dist.broadcast_object_list(problem, src=0)
+        if error is not None:
+            raise error
+        if problem[0] is not None:
+            raise TransientError(f"rank 0 could not commit a checkpoint: {problem[0]}")
+
+    def take_committed(self) -> list[str]:
+        """Keys of the checkpoints that were committed since the last call, on rank 0. Does not wait."""
+        return self.uploader.take_done()
+
+    @property
+    def longest_save_s(self) -> float:
+        """How long the longest commit took, on rank 0; 0 as long as there was none."""
+        return self.uploader.longest_s
+
+    def _commit(self, folder: Path, state: TrainingState, objects: Mapping[str, bytes]) -> None:
+        """In the uploader's thread, and again if the store failed: what is done already is not done twice."""
+        for key, data in objects.items():
+            self.store.put(key, data)
+        prefix = checkpoint_prefix(self.run_id, state.step)
+        commit_bundle(
+            self.store,
+            prefix,
+            folder,
+            kind="checkpoint",
+            run_id=self.run_id,
+            step=state.step,
+            metadata={
+                "run_digest": state.run_digest,
+                "dataset_digest": state.dataset_digest,
+                "config": state.config,
+            },
+        )
+        self._point_to(prefix)
+        shutil.rmtree(folder)
+        self.rotate()
 
     def rotate(self) -> list[str]:
-        """Deletes old checkpoints: neither the newest ones nor those of steps that a channel names.
+        """Deletes old checkpoints, as `training.retention` says. What cannot be deleted now goes the next time.
 
         Returns:
             What was deleted.
         """
-        prefixes = list_bundles(self.store, checkpoints_prefix(self.run_id))
-        named = self._steps_named_by_channels()
-        old = [prefix for prefix in prefixes[: -self.keep] if step_of(prefix) not in named]
-        for prefix in old:
-            self.store.delete(f"{prefix}/{MANIFEST_NAME}")  # first: what is left is no checkpoint any more
-            for info in list(self.store.list(f"{prefix}/")):
-                self.store.delete(info.key)
-        return old
+        try:
+            return delete_old(self.store, self.run_id, self.retention)
+        except (TransientError, ValueError) as error:  # ValueError: we may not delete there
+            LOGGER.warning("old checkpoints of %s stay for now: %s", self.run_id, error)
+            return []
 
-    def _steps_named_by_channels(self) -> set[int]:
-        """A channel may name the checkpoint, or what was exported from it: both keep it."""
-        keys = [info.key for info in self.store.list("channels/")]
-        names = [key.removeprefix("channels/").removesuffix(".json") for key in keys if key.endswith(".json")]
-        pointers = [read_channel(self.store, name) for name in names]
-        return {pointer.step for pointer in pointers if pointer is not None and pointer.run_id == self.run_id}
+    def _point_to(self, prefix: str) -> None:
+        pointer = pointer_to(self.store, NEWEST, prefix)
+        move_channel(self.store, NEWEST, pointer, lambda _: True, parent=run_prefix(self.run_id))
 
     # ------------------------------------------------------------------------------------------------------- loading
 
@@ -176,95 +179,96 @@ class Checkpoints:
             TransientError: The store cannot be read.
         """
         folder = self.scratch / "resume"
+        try:
+            return self._fetch_newest(folder)
+        except TransientError as error:
+            raise TransientError(
+                f"run {self.run_id}: its checkpoints cannot be read, and it does not start over without them: {error}; "
+                f"make {self.store.uri} readable, and say the same command again"
+            ) from error
+
+    def forget_fetched(self) -> None:
+        """Deletes the local copy that `fetch_newest` made."""
+        shutil.rmtree(self.scratch / "resume", ignore_errors=True)
+
+    def _fetch_newest(self, folder: Path) -> Path | None:
+        pointer = self._read_pointer()
         damaged: dict[str, str] = {}
-        for prefix in reversed(list_bundles(self.store, checkpoints_prefix(self.run_id))):
+        for prefix in self._candidates(pointer):
             shutil.rmtree(folder, ignore_errors=True)
-            problem = self._fetch(prefix, folder)
+            problem = self._fetch(prefix, folder, pointer)
             if problem is None:
                 for bad in damaged:
                     self._mark_damaged(bad)
+                self._point_to(prefix)
+                if damaged:
+                    LOGGER.error("FELL BACK to the checkpoint of step %d, which is whole", step_of(prefix))
                 return folder
             LOGGER.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problem)
             damaged[prefix] = problem
         if damaged:
             raise ContractError(
                 f"run {self.run_id}: none of its {len(damaged)} checkpoints is whole ({next(iter(damaged.values()))}); "
-                f"restore one, or delete {self.store.uri_of(checkpoints_prefix(self.run_id))} to start over from step 0"
+                f"restore one, or delete {self.store.uri_of(run_prefix(self.run_id))} to start over from step 0"
             )
         return None
 
-    def _fetch(self, prefix: str, folder: Path) -> str | None:
-        """Fetches one checkpoint; returns what is wrong with it, if anything is."""
+    def _candidates(self, pointer: ChannelPointer | None) -> list[str]:
+        """Prefixes to try, newest first: those with a manifest, and the one that the pointer proves was committed."""
+        names = list_checkpoints(self.store, self.run_id)
+        complete = {prefix for prefix, files in names.items() if MANIFEST_NAME in files}
+        marked = {prefix for prefix, files in names.items() if DAMAGED_NAME in files}
+        if pointer is not None and pointer.bundle not in marked:
+            complete.add(pointer.bundle)
+        for prefix in sorted(names.keys() - complete):
+            LOGGER.warning(
+                "%s is no checkpoint and is not used: %s",
+                self.store.uri_of(prefix),
+                "it was found damaged before" if prefix in marked else "it has no MANIFEST.json; its save was cut off",
+            )
+        return sorted(complete, reverse=True)
+
+    def _read_pointer(self) -> ChannelPointer | None:
+        parent = run_prefix(self.run_id)
         try:
+            return read_channel(self.store, NEWEST, parent=parent)
+        except ContractError as error:
+            # It proves nothing any more, and is written anew: the checkpoints themselves are still checked.
+            LOGGER.error("CHECKPOINT POINTER DAMAGED, looking at all checkpoints: %s", error)
+            self.store.delete(channel_key(NEWEST, parent))
+            return None
+
+    def _fetch(self, prefix: str, folder: Path, pointer: ChannelPointer | None) -> str | None:
+        """Fetches one checkpoint; returns what is wrong with it, if anything is."""
+        manifest_uri = self.store.uri_of(f"{prefix}/{MANIFEST_NAME}")
+        try:
+            manifest = load_bundle(self.store, prefix)
+            found = (manifest.kind, manifest.run_id, manifest.step)
+            if found != ("checkpoint", self.run_id, step_of(prefix)):
+                return f"{manifest_uri}: is that of {found[0]} {found[1]} step {found[2]}"
+            sha256 = manifest_sha256(self.store, prefix)
+            if pointer is not None and pointer.bundle == prefix and pointer.manifest_sha256 != sha256:
+                return f"{manifest_uri}: has sha256 {sha256}, the run's newest.json says {pointer.manifest_sha256}"
             fetch_bundle(self.store, prefix, folder)
         except ContractError as error:
             return str(error)
-        except (TransientError, ObjectNotFoundError):
+        except (TransientError, ObjectNotFoundError) as error:
             # A damaged object, or a store that had a bad moment? Only the first is a reason to go back in time.
-            problems = verify_bundle(self.store, prefix)
+            try:
+                problems = verify_bundle(self.store, prefix)
+            except ObjectNotFoundError:
+                return f"{manifest_uri}: is missing, though {prefix} was committed"
             if not problems:
-                raise
+                raise TransientError(str(error)) from error
             return problems[0]
-        return None
+        step = read_state(folder).step
+        return None if step == step_of(prefix) else f"{self.store.uri_of(prefix)}/state.json: is that of step {step}"
 
     def _mark_damaged(self, prefix: str) -> None:
         manifest_key = f"{prefix}/{MANIFEST_NAME}"
-        self.store.put(f"{prefix}/{DAMAGED_NAME}", self.store.read(manifest_key))
-        self.store.delete(manifest_key)
-
-
-def read_state(folder: Path) -> TrainingState:
-    """The state of a fetched checkpoint."""
-    return TrainingState.model_validate_json((folder / "state.json").read_bytes())
-
-
-def load_checkpoint(folder: Path, engine: Any, ema: Ema | None, expected: TrainingState) -> int:
-    """Loads a fetched and verified checkpoint into the engine and the average. All ranks call it.
-
-    Args:
-        folder: From `Checkpoints.fetch_newest`.
-        engine: The DeepSpeed engine.
-        ema: On rank 0.
-        expected: The state of this run at step 0.
-
-    Returns:
-        Steps taken.
-
-    Raises:
-        ContractError: It is the checkpoint of another run.
-    """
-    state = read_state(folder)
-    for name in ("run_digest", "dataset_digest", "world_size"):
-        ours, theirs = getattr(expected, name), getattr(state, name)
-        if ours != theirs:
-            raise ContractError(
-                f"checkpoint at step {state.step}: its {name} is {theirs}, this run's is {ours}; "
-                "give the run another id"
-            )
-    loaded, _ = engine.load_checkpoint(str(folder / _DEEPSPEED_FOLDER), tag=_TAG)
-    if loaded is None:
-        raise ContractError(f"checkpoint at step {state.step}: DeepSpeed found nothing to load in {folder}")
-    if ema is not None:
-        ema.load_state_dict(load_file(folder / "ema" / WEIGHTS_NAME), state.ema_num_updates)
-    return state.step
-
-
-def _write_weights(folder: Path, unet: UNet2DConditionModel, ema: Ema) -> None:
-    for name, averaged in (("unet", {}), ("ema", ema.state_dict())):
-        unet.save_config(folder / name)
-        weights = {**unet.state_dict(), **averaged}
-        save_safetensors(folder / name / WEIGHTS_NAME, weights, dtype=torch.float32)
-
-
-def _check_all_ranks_wrote(folder: Path, engine: Any, state: TrainingState) -> None:
-    written = list((folder / _DEEPSPEED_FOLDER / _TAG).glob("*_optim_states.pt"))
-    wanted = state.world_size if engine.zero_optimization_stage() else 0
-    if len(written) != wanted:
-        raise TransientError(
-            f"checkpoint at step {state.step}: {len(written)} of {wanted} ranks wrote their part to {folder}; run again"
-        )
-    # A program that DeepSpeed puts beside its files; unet/ holds what it would make.
-    (folder / _DEEPSPEED_FOLDER / "zero_to_fp32.py").unlink(missing_ok=True)
+        with contextlib.suppress(ObjectNotFoundError):
+            self.store.put(f"{prefix}/{DAMAGED_NAME}", self.store.read(manifest_key))
+            self.store.delete(manifest_key)
 
 
 def _is_first() -> bool:

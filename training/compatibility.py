@@ -1,13 +1,16 @@
 """Does a dataset fit a model? No torch: the flows ask before anything is spent, and each rank asks again."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from infra.errors import ContractError
 from model.specs import LatentSpec, MaskSpec, TextSpec
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.digests import weights_sha256
 from preprocessing.contracts.manifest import Manifest
+from training.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,14 @@ class DatasetSpecs:
         latents: Of ``moments`` and ``masked_moments_k``.
         text: Of ``text_embeddings``.
         masks: Of ``mask_k``.
+        columns: What of it the rows hold: ``moments``, ``text_embeddings``, ``token_ids``, ``mask_k``,
+            ``masked_moments_k``, ``image``.
     """
 
     latents: LatentSpec
     text: TextSpec
     masks: MaskSpec
+    columns: frozenset[str]
 
 
 def parse_specs(manifest: Manifest, uri: str) -> DatasetSpecs:
@@ -36,20 +42,69 @@ def parse_specs(manifest: Manifest, uri: str) -> DatasetSpecs:
         ContractError: It has none, or not those of this version.
     """
     try:
-        specs = DatasetSpecs(
-            LatentSpec.from_json(manifest.specs["latents"]),
-            TextSpec.from_json(manifest.specs["text"]),
-            MaskSpec.from_json(manifest.specs["masks"]),
-        )
+        latents = LatentSpec.from_json(manifest.specs["latents"])
+        text = TextSpec.from_json(manifest.specs["text"])
+        masks = MaskSpec.from_json(manifest.specs["masks"])
     except KeyError as error:
         raise ContractError(
             f"dataset: {uri} has no spec {error} (its stage is {manifest.stage!r}); training needs an encoded dataset"
         ) from error
     except ValueError as error:
         raise ContractError(f"dataset: {uri}: {error}; encode it again with this version") from error
-    if specs.masks.num_variants < 1:
-        raise ContractError(f"dataset: {uri} holds no masks, and train.mask_source is 'cached'; encode it with masks")
-    return specs
+    return DatasetSpecs(latents, text, masks, _columns_of(manifest.config, masks))
+
+
+def _columns_of(config: Mapping[str, Any], masks: MaskSpec) -> frozenset[str]:
+    """What an encoding with some digest fields stores; a field that is not there is at its default."""
+    columns = {f"{name}_{k}" for k in range(masks.num_variants) for name in ("mask", "masked_moments")}
+    columns |= {"moments"} if config.get("moments", True) else set()
+    columns |= {"image"} if config.get("image", "png") != "none" else set()
+    text = config.get("text", "embeddings")
+    columns |= {"text_embeddings"} if text != "token_ids" else set()
+    columns |= {"token_ids"} if text != "embeddings" else set()
+    return frozenset(columns)
+
+
+def check_fields(specs: DatasetSpecs, fields: Fields, uri: str) -> None:
+    """Makes sure that a dataset's rows hold what is asked of them.
+
+    Raises:
+        ContractError: They lack something; names both sides.
+    """
+    wanted = [
+        (fields.moments, "moments", "encode.moments: true"),
+        (fields.images, "image", "encode.image: png or jpeg"),
+        (fields.mask == "cached", "mask_0", "encode.num_mask_variants of at least 1"),
+        (fields.text == "embeddings", "text_embeddings", "encode.text: embeddings or both"),
+        (fields.text == "token_ids", "token_ids", "encode.text: token_ids or both"),
+    ]
+    for is_wanted, column, remedy in wanted:
+        if is_wanted and column not in specs.columns:
+            raise ContractError(
+                f"dataset: training asks for {column}, and {uri} stores {', '.join(sorted(specs.columns))}; "
+                f"encode it with {remedy}"
+            )
+
+
+def check_agree(specs: Mapping[str, DatasetSpecs]) -> None:
+    """Makes sure that the tensors of several datasets mean the same.
+
+    Args:
+        specs: By the datasets' names.
+
+    Raises:
+        ContractError: They do not; names both datasets, the field and both values.
+    """
+    (first, its), *others = specs.items()
+    for name, theirs in others:
+        for part in ("latents", "text", "masks"):
+            ours, found = getattr(its, part).to_json(), getattr(theirs, part).to_json()
+            for field in ours:
+                if ours[field] != found[field]:
+                    raise ContractError(
+                        f"train.datasets: {part}.{field} is {ours[field]} in {first}, and {found[field]} in {name}; "
+                        "mix datasets that were encoded alike"
+                    )
 
 
 def check_specs(specs: DatasetSpecs, model: ModelConfig) -> None:

@@ -1,6 +1,6 @@
 """What a user may say about training, validation and publishing. No torch: the flows import this at start-up."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,17 +29,63 @@ class TrainConfig(Config):
         "fills a big hole, get almost none: 0.005 at the last.",
         json_schema_extra=IN_DIGEST_IF_SET,
     )
-    mask_source: Literal["cached"] = Field(
-        description="'cached': the K mask variants of the dataset; no default on purpose."
+    mask_source: Literal["cached", "online"] = Field(
+        description="'cached': the K mask variants of the dataset, in turn. 'online': a fresh mask at each visit, and "
+        "the VAE in every step, on the dataset's crops. No default on purpose."
+    )
+    mask_family: MaskFamily | None = Field(
+        default=None,
+        description="Masks of another family than the dataset's; with mask_source 'online' only.",
+        json_schema_extra=IN_DIGEST_IF_SET,
+    )
+    text_source: Literal["embeddings", "token_ids"] = Field(
+        default="embeddings",
+        description="'embeddings': the dataset's. 'token_ids': the text tower in every step, on the dataset's token "
+        "ids.",
+        json_schema_extra=IN_DIGEST_IF_SET,
+    )
+    moments_source: Literal["cached", "online"] = Field(
+        default="cached",
+        description="'cached': the dataset's moments, of which latents are drawn. 'online': the VAE in every step, on "
+        "the dataset's crops.",
+        json_schema_extra=IN_DIGEST_IF_SET,
+    )
+    encoder_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="Of the frozen models where something is online; default: in which the dataset was encoded, so "
+        "that online gives what is stored.",
+        json_schema_extra=IN_DIGEST_IF_SET,
     )
     seed: int = Field(ge=0, description="Order, noise, timesteps, dropout; no default on purpose.")
     dataset: str | None = Field(
         default=None, description="URI of an encoded dataset to train on instead of the one that `prepare` makes."
     )
+    datasets: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Several encoded datasets of one store instead: URI → weight, relative to the others'. Of every "
+        "10,000 samples each gives its share; each has epochs of its own. Held-out pictures are the first's.",
+    )
+    cache_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="How much of the local disk shards from S3 may take; default: four fifths of what is free.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
     num_steps: int = Field(ge=1, description="Optimizer steps.")
     global_batch_size: int = Field(default=64, ge=1)
-    micro_batch_size: int = Field(default=32, ge=1, description="Samples a process takes through the UNet at once.")
-    num_processes: int = Field(default=1, ge=1, le=64, description="Processes on this machine.")
+    micro_batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="Samples a process takes through the UNet at once. May change when a run is resumed.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes on this machine. May change when a run is resumed: sums then differ in the last digits.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
     learning_rate: float = Field(default=5e-5, gt=0)
     warmup_steps: int = Field(default=2500, ge=0, description="Linear, then constant.")
     weight_decay: float = Field(default=0.01, ge=0)
@@ -49,11 +95,43 @@ class TrainConfig(Config):
     )
     full_mask: float = Field(default=0.25, ge=0, le=1, description="Masks replaced by all ones, drawn at train time.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="With the warm-up min(decay, (1 + n) / (10 + n)).")
-    zero_stage: int = Field(default=1, ge=0, le=2)
+    zero_stage: int = Field(
+        default=1, ge=0, le=2, description="May change when a run is resumed.", json_schema_extra=NOT_IN_DIGEST
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_every_steps: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(
-        default=3, ge=1, description="Newest checkpoints kept for resuming.", json_schema_extra=NOT_IN_DIGEST
+    checkpoint_every_steps: int = Field(default=1000, ge=1, json_schema_extra=NOT_IN_DIGEST)
+    keep_last: int = Field(
+        default=3, ge=1, description="Newest checkpoints that are kept.", json_schema_extra=NOT_IN_DIGEST
+    )
+    keep_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Checkpoints of steps that are a multiple of it are kept, too.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    keep_best: int = Field(
+        default=1,
+        ge=0,
+        description="So many of the best are kept, too, among those that have a validation report.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    keep_best_metric: Literal["masked_psnr_db", "masked_ssim", "image_text_similarity", "object_agreement"] = Field(
+        default="masked_psnr_db",
+        description="Of the report's `summary`; higher is better.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    walltime_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Time that a call of the training may take, such as a cluster grants; near its end a checkpoint is "
+        "written, and the exit code is 5. The same command goes on.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    walltime_margin_s: float = Field(
+        default=120,
+        ge=0,
+        description="How long before the end to stop, at least; more where steps and saves were seen to take longer.",
+        json_schema_extra=NOT_IN_DIGEST,
     )
     stall_timeout_s: float = Field(default=1800, gt=0, json_schema_extra=NOT_IN_DIGEST)
 
@@ -68,6 +146,24 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _margin_fits(self) -> "TrainConfig":
+        if self.walltime_s is not None and self.walltime_margin_s >= self.walltime_s:
+            raise ValueError(
+                f"train.walltime_margin_s: {self.walltime_margin_s:g} leaves nothing of walltime_s = "
+                f"{self.walltime_s:g}; make it smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_datasets(self) -> "TrainConfig":
+        if self.dataset is not None and self.datasets:
+            raise ValueError(
+                f"train.datasets: {', '.join(self.datasets)} beside train.dataset {self.dataset}; "
+                "leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_signal(self) -> "TrainConfig":
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
@@ -75,6 +171,20 @@ class TrainConfig(Config):
                 "picture at a timestep without signal; set train.prediction_type to 'v_prediction', or this to false"
             )
         return self
+
+    @model_validator(mode="after")
+    def _masks_are_drawn(self) -> "TrainConfig":
+        if self.mask_family is not None and self.mask_source == "cached":
+            raise ValueError(
+                f"train.mask_family: {self.mask_family!r}, but mask_source is 'cached', and the masks are the "
+                "dataset's; set train.mask_source to 'online', or leave this out"
+            )
+        return self
+
+    @property
+    def names_datasets(self) -> bool:
+        """Whether it says on which datasets to train, instead of on what `prepare` makes."""
+        return self.dataset is not None or bool(self.datasets)
 
     @property
     def schedule(self) -> ScheduleSpec:

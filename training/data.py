@@ -1,375 +1,338 @@
-"""The training rows: where they lie, in which order they are seen, and the batches made of them.
+"""The training rows of encoded datasets, and the batches made of them.
 
-The tensors are memory-mapped straight out of standard Parquet files. The order is a pure function of (seed, epoch,
-dataset digest), so resuming is one integer, and the number of processes changes nothing.
+```python
+dataset = open_dataset(store, "datasets/encode/0123456789abcdef", cache_dir)
+with dataset.batches(seed=7, start_step=0, global_batch_size=256, rank=0, world_size=8, pin_memory=True) as batches:
+    for batch in batches:
+        …
+```
+
+Tensors are mapped straight out of standard Parquet files and copied once, into the batch. Position p of a training is
+one sample whatever the number of processes and threads, so resuming is one integer: batch ``step`` of all processes
+holds the positions from ``step * global_batch_size`` on, without a gap. Position p of a single dataset is sample
+``p % num_rows`` of epoch ``p // num_rows``: the last batch of an epoch is completed with the first samples of the next,
+so none is left out and none is seen more often. Of several datasets, `training.mixture` says whose turn it is; each has
+epochs of its own.
+
+Nothing is handed out of a file before its sha256 was found to be the manifest's (`training.shard_files`).
 """
 
 import functools
 import hashlib
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
-from torch import Tensor
 
 from infra.errors import ContractError
-from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_file
-from model.randomness import stream
-from preprocessing.contracts.manifest import MANIFEST_NAME, DatasetFile, Manifest
-from training.compatibility import DatasetSpecs, parse_specs
+from infra.storage import ObjectNotFoundError, ObjectStore
+from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
+from training.batch import Batch, BatchBuffers, Columns, Constants
+from training.compatibility import DatasetSpecs, check_agree, check_fields, parse_specs
+from training.crops import decode_crop
+from training.fields import Fields
+from training.gather import gather
+from training.loader import Batches, Share
+from training.mixture import Mixture, digest_of_shares, shares_of
+from training.part import Part
+from training.row_cache import RowCache, shard_files_of
+from training.rows import UID_NUM_BYTES, Shard
+from training.shard_files import Notes
 
-LOGGER = logging.getLogger(__name__)
+__all__ = ["CONSTANTS_NAME", "Batch", "Constants", "Fields", "TrainingDataset", "open_dataset"]
 
 CONSTANTS_NAME: Final = "constants.safetensors"
-ROWS_PER_WINDOW: Final = 1 << 16
-"""Rows are shuffled within windows of about so many: enough to mix, few enough that a window's pages stay in memory."""
-
-_DTYPES: Final = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Tensors that belong to the whole dataset.
-
-    Attributes:
-        null_text_embedding: (num_tokens, width) of the empty caption.
-        full_mask_moments: (2c, h, w) of a picture that is all hole.
-    """
-
-    null_text_embedding: Tensor
-    full_mask_moments: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some training rows; on the CPU, in the dataset's precision.
-
-    Attributes:
-        uids: One a sample.
-        moments: (batch, 2c, h, w), mean | logvar, unscaled.
-        masked_moments: (batch, 2c, h, w), of the picture with the hole.
-        mask: (batch, 1, h, w) float32 in {0, 1}, 1 = repaint.
-        text_embeddings: (batch, num_tokens, width).
-    """
-
-    uids: tuple[str, ...]
-    moments: Tensor
-    masked_moments: Tensor
-    mask: Tensor
-    text_embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.uids)
-
-    def part(self, start: int, stop: int) -> "Batch":
-        """Samples ``start … stop - 1``, as views."""
-        return Batch(
-            self.uids[start:stop],
-            self.moments[start:stop],
-            self.masked_moments[start:stop],
-            self.mask[start:stop],
-            self.text_embeddings[start:stop],
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------- order
-
-
-@functools.lru_cache(maxsize=4)
-def sample_order(seed: int, epoch: int, dataset_digest: str, num_rows: tuple[int, ...]) -> np.ndarray:
-    """The order of one epoch: shards permuted, rows permuted within windows of consecutive shards.
-
-    Args:
-        seed: The training's.
-        epoch: From 0.
-        dataset_digest: The dataset's.
-        num_rows: Rows of each shard.
-
-    Returns:
-        Read-only int64 permutation of ``0 … sum(num_rows) - 1``; row i of shard s counts as ``sum(num_rows[:s]) + i``.
-    """
-    rng = stream("order", seed, epoch, dataset_digest)
-    starts = np.concatenate([[0], np.cumsum(num_rows, dtype=np.int64)])
-    order = np.empty(starts[-1], dtype=np.int64)
-    filled = 0
-    window: list[np.ndarray] = []
-    shards = rng.permutation(len(num_rows))
-    for place, shard in enumerate(shards):
-        window.append(np.arange(int(starts[shard]), int(starts[shard + 1]), dtype=np.int64))
-        size = sum(map(len, window))
-        if size >= ROWS_PER_WINDOW or place == len(shards) - 1:
-            order[filled : filled + size] = rng.permutation(np.concatenate(window))
-            filled += size
-            window = []
-    order.flags.writeable = False
-    return order
-
-
-def mask_variant(uid: str, epoch: int, num_variants: int) -> int:
-    """Which of its masks a sample wears in an epoch: the next one each time, from a start of its own."""
-    start = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big")
-    return (epoch + start) % num_variants
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-class Shard:
-    """One file of training rows.
-
-    Args:
-        path: A local Parquet file that no one writes to.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = pq.ParquetFile(path)
-        self._memory = np.memmap(path, dtype=np.uint8, mode="r")
-        self.num_rows: int = self._file.metadata.num_rows
-        self._columns: dict[str, np.ndarray] = {}
-
-    @functools.cached_property
-    def uids(self) -> list[str]:
-        """The uid of each row."""
-        return self._file.read(["uid"]).column("uid").to_pylist()
-
-    def column(self, name: str, width: int) -> np.ndarray:
-        """The raw values of a column.
-
-        Args:
-            name: Its name.
-            width: Bytes of each value.
-
-        Returns:
-            (num_rows, width) uint8: mapped from the file where its layout allows, else a copy in memory.
-
-        Raises:
-            ContractError: There is no such column, or its values have another width.
-        """
-        if name not in self._columns:
-            self._check_column(name, width)
-            mapped = self._map(name, width)
-            if mapped is None:
-                LOGGER.warning("%s: column %s cannot be mapped and is read into memory", self.path, name)
-                mapped = decode_column(self._file, name, width)
-            self._columns[name] = mapped
-        return self._columns[name]
-
-    def _check_column(self, name: str, width: int) -> None:
-        schema = self._file.schema_arrow
-        if name not in schema.names:
-            raise ContractError(f"{self.path}: no column {name!r}, which the dataset's specs ask for; encode it again")
-        kind = schema.field(name).type
-        found = kind.byte_width if pa.types.is_fixed_size_binary(kind) else f"{kind}, not a fixed number of"
-        if found != width:
-            raise ContractError(
-                f"{self.path}: column {name!r} holds {found} bytes a row, the dataset's specs say {width}; "
-                "encode it again"
-            )
-
-    def _map(self, name: str, width: int) -> np.ndarray | None:
-        """The values where they lie in the file; None where the arithmetic does not hold.
-
-        In a chunk of one uncompressed PLAIN page of a required column nothing follows the values, so they begin so many
-        bytes before its end. Footers do not say all that (nothing forbids padding), hence the look at both ends.
-        """
-        metadata = self._file.metadata
-        if metadata.num_row_groups != 1 or self.num_rows == 0:
-            return None
-        chunk = metadata.row_group(0).column(self._file.schema_arrow.get_field_index(name))
-        if chunk.compression != "UNCOMPRESSED" or chunk.path_in_schema != name or chunk.has_dictionary_page:
-            return None
-        start = chunk.data_page_offset + chunk.total_compressed_size - self.num_rows * width
-        if start < chunk.data_page_offset or start + self.num_rows * width > len(self._memory):
-            return None
-        mapped = self._memory[start : start + self.num_rows * width].reshape(self.num_rows, width)
-        decoded = self._file.read_row_group(0, columns=[name]).column(0)
-        if any(mapped[row].tobytes() != decoded[row].as_py() for row in (0, self.num_rows - 1)):
-            return None
-        return mapped
-
-
-def decode_column(file: pq.ParquetFile, name: str, width: int) -> np.ndarray:
-    """The values of a ``fixed_size_binary`` column as pyarrow decodes them: (num_rows, width) uint8."""
-    values = file.read([name]).column(name).combine_chunks()
-    raw = np.frombuffer(values.buffers()[1], dtype=np.uint8)
-    return raw[values.offset * width : (values.offset + len(values)) * width].reshape(len(values), width)
+_NUM_ATTEMPTS = 3
+_SHARD_BITS = 40
+_SHARD_MASK = (1 << _SHARD_BITS) - 1
 
 
 class TrainingDataset:
-    """The rows of one split of an encoded dataset.
+    """The training rows of one encoded dataset, or of several mixed by weight. Threads may share it.
 
     Attributes:
-        manifest: Of the dataset.
+        digest: The dataset's; of a mixture, of the datasets and their weights.
         specs: What the tensors mean.
-        constants: The dataset's own tensors.
-        num_rows: Rows of each shard.
+        constants: The dataset's own tensors; of a mixture, those of its first dataset.
+        fields: Which tensors batches hold.
 
     Args:
-        manifest: Of the dataset.
-        specs: Its specs.
-        constants: Its constants.
-        shards: Its files, in the manifest's order.
+        parts: The datasets, in order of their digests.
+        shares: How many samples of each a block of the mixture holds.
+        specs: Of all of them.
+        constants: Of all of them.
+        fields: Which tensors are wanted.
+        columns: The columns that they are made of.
     """
 
-    def __init__(self, manifest: Manifest, specs: DatasetSpecs, constants: Constants, shards: Sequence[Shard]) -> None:
-        self.manifest = manifest
-        self.specs = specs
-        self.constants = constants
-        self.num_rows = tuple(shard.num_rows for shard in shards)
-        self._shards = list(shards)
-        self._starts = np.concatenate([[0], np.cumsum(self.num_rows, dtype=np.int64)])
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        shares: Sequence[int],
+        specs: DatasetSpecs,
+        constants: Constants,
+        fields: Fields,
+        columns: Columns,
+    ) -> None:
+        self.specs, self.constants, self.fields = specs, constants, fields
+        self._parts, self._shares = list(parts), tuple(shares)
+        self._columns = columns
+        self.digest = digest_of_shares([part.digest for part in parts], self._shares)
+        self._mixture = functools.lru_cache(2)(self._make_mixture)
+        self._now: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return sum(self.num_rows)
+        """Rows of all datasets together."""
+        return sum(sum(part.num_rows) for part in self._parts)
 
-    def batch_at(self, step: int, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The samples that one process takes at one step.
+    @property
+    def num_rows(self) -> tuple[int, ...]:
+        """Rows of each shard."""
+        return tuple(rows for part in self._parts for rows in part.num_rows)
 
-        Global batches follow each other without a gap: batch ``step`` holds the positions from
-        ``step * global_batch_size`` on. Position p is sample ``p % num_rows`` of epoch ``p // num_rows``, so the last
-        batch of an epoch is completed with the first samples of the next: none is left out, none is seen more often.
+    def batches(
+        self,
+        *,
+        seed: int,
+        global_batch_size: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 1,
+        num_fetchers: int = 2,
+        pin_memory: bool = False,
+    ) -> Batches:
+        """The batches of one process, from a step on, ahead of need. To be closed, or used in a ``with``.
 
         Args:
-            step: From 0.
             seed: The training's.
             global_batch_size: Samples a step, over all processes; a multiple of `world_size`.
+            start_step: Step of the first batch.
+            num_steps: How many batches; None: without end.
             rank: This process.
             world_size: Number of processes.
+            num_workers: Threads that put batches together; 0: each batch is made when it is asked for.
+            num_fetchers: Threads that verify shards, and fetch them, ahead of need.
+            pin_memory: Into pinned memory, for copies to a GPU beside its work; needs CUDA.
 
         Returns:
-            ``global_batch_size / world_size`` samples. The batches of all ranks, in order, are the global batch.
+            An iterator. A batch's tensors stay as they are until the next but one batch is asked for.
+
+        Raises:
+            ValueError: The sizes do not fit.
         """
-        share = global_batch_size // world_size
-        start = step * global_batch_size + rank * share
-        return self.batch_of(range(start, start + share), seed)
-
-    def batch_of(self, positions: Sequence[int], seed: int) -> Batch:
-        """The samples at some positions of the endless sequence of epochs."""
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
-        rows = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            order = sample_order(seed, int(epoch), self.manifest.digest, self.num_rows)
-            rows[epochs == epoch] = order[places[epochs == epoch]]
-        return self._gather(rows, epochs)
-
-    def _gather(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
-        latents, text, masks = self.specs.latents, self.specs.text, self.specs.masks
-        moments = np.empty((len(rows), latents.moments_num_bytes), np.uint8)
-        masked_moments = np.empty_like(moments)
-        embeddings = np.empty((len(rows), text.embeddings_num_bytes), np.uint8)
-        mask = np.empty((len(rows), latents.mask_num_bytes), np.uint8)
-        uids = []
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        for i, (shard_index, epoch) in enumerate(zip(shards, epochs, strict=True)):
-            shard = self._shards[shard_index]
-            row = rows[i] - self._starts[shard_index]
-            uid = shard.uids[row]
-            k = mask_variant(uid, int(epoch), masks.num_variants)
-            uids.append(uid)
-            moments[i] = shard.column("moments", moments.shape[1])[row]
-            masked_moments[i] = shard.column(f"masked_moments_{k}", moments.shape[1])[row]
-            embeddings[i] = shard.column("text_embeddings", embeddings.shape[1])[row]
-            mask[i] = shard.column(f"mask_{k}", mask.shape[1])[row]
-        side = latents.latent_px
-        bits = np.unpackbits(mask, axis=1, count=side * side).reshape(-1, 1, side, side)
-        return Batch(
-            uids=tuple(uids),
-            moments=_tensor(moments, latents.dtype, latents.moments_shape),
-            masked_moments=_tensor(masked_moments, latents.dtype, latents.moments_shape),
-            mask=torch.from_numpy(bits.astype(np.float32)),
-            text_embeddings=_tensor(embeddings, text.dtype, text.embeddings_shape),
+        return Batches(
+            self,
+            Share(seed, global_batch_size, rank, world_size),
+            start_step=start_step,
+            num_steps=num_steps,
+            num_workers=num_workers,
+            num_fetchers=num_fetchers,
+            pin_memory=pin_memory,
         )
 
+    def batch_at(self, step: int, *, seed: int, global_batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The samples that one process takes at one step, in memory of their own; see `batches` for the arguments."""
+        share = Share(seed, global_batch_size, rank, world_size)
+        return self.batch_of(share.positions(step), seed)
 
-def _tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(raw.view(_DTYPES[dtype]).reshape(-1, *shape))
+    def batch_of(self, positions: Sequence[int], seed: int) -> Batch:
+        """The samples at some positions, in memory of their own."""
+        return self.fill(self.make_buffers(len(positions)), positions, seed)
+
+    def make_buffers(self, num_samples: int, *, pin_memory: bool = False) -> BatchBuffers:
+        """Memory for a batch of these rows."""
+        return BatchBuffers(num_samples, self.fields, self.specs, pin_memory=pin_memory)
+
+    def fill(self, buffers: BatchBuffers, positions: Sequence[int], seed: int) -> Batch:
+        """Copies the samples at some positions into a batch's memory.
+
+        Args:
+            buffers: For as many samples.
+            positions: From 0 to any number.
+            seed: The training's.
+
+        Returns:
+            The batch, in that memory.
+
+        Raises:
+            ContractError: A shard is missing or damaged, or is being written to.
+        """
+        self._now = (seed, positions[0])
+        parts, owns = self._mixture(seed).locate(positions)
+        epochs, shards, rows = np.empty_like(owns), np.empty_like(owns), np.empty_like(owns)
+        for part in np.unique(parts):
+            own = parts == part
+            epochs[own], shards[own], rows[own] = self._parts[part].order(seed).locate(owns[own])
+        places, which = np.unique((parts << _SHARD_BITS) + shards, return_inverse=True)
+        changed: list[Shard] = []
+        for _ in range(_NUM_ATTEMPTS):
+            opened = [self._parts[place >> _SHARD_BITS].shard(place & _SHARD_MASK) for place in places.tolist()]
+            uids = self._gather(buffers, opened, which, rows, epochs)
+            changed = [shard for shard in opened if not shard.is_unchanged()]
+            if not changed:
+                return buffers.to_batch(uids, tuple(epochs.tolist()))
+        raise ContractError(f"{changed[0].path}: it is being written to; nothing may change a dataset's files")
+
+    def _gather(
+        self, buffers: BatchBuffers, shards: list[Shard], which: np.ndarray, rows: np.ndarray, epochs: np.ndarray
+    ) -> tuple[str, ...]:
+        """Copies rows of shards: sample i is row ``rows[i]`` of ``shards[which[i]]``."""
+        uids = torch.empty(len(rows), UID_NUM_BYTES, dtype=torch.uint8)
+        gather(uids, _addresses(shards, which, np.zeros((1, 1), np.int64))[0] + rows * UID_NUM_BYTES)
+        places = np.array([self._columns.places[name] for name in buffers.raw])[:, None]
+        if "mask" in buffers.raw:
+            variants = mask_variants(uids.numpy(), epochs, self.specs.masks.num_variants)
+            has_variants = np.array([name in ("mask", "masked_moments") for name in buffers.raw])[:, None]
+            places = places + has_variants * variants
+        addresses = _addresses(shards, which, places)
+        for target, firsts in zip(buffers.raw.values(), addresses, strict=True):
+            gather(target, firsts + rows * target.shape[1])
+        if buffers.images is not None:
+            for i, (shard, row) in enumerate(zip(which.tolist(), rows.tolist(), strict=True)):
+                crop = decode_crop(shards[shard].images[row].tobytes())
+                if crop.shape != buffers.images[i].shape:
+                    raise ContractError(
+                        f"{shards[shard].path}: row {row} keeps a crop of {crop.shape}, the dataset's specs say "
+                        f"{buffers.images[i].shape}; encode it again"
+                    )
+                buffers.images[i] = crop
+        text, digits = uids.numpy().tobytes().hex(), 2 * UID_NUM_BYTES
+        return tuple(text[start : start + digits] for start in range(0, len(text), digits))
+
+    def _make_mixture(self, seed: int) -> Mixture:
+        return Mixture(self._shares, seed, [part.digest for part in self._parts])
+
+    # ------------------------------------------------------------------------------------------------- what comes next
+
+    def windows_at(self, seed: int, position: int) -> tuple[tuple[int, int], ...]:
+        """For each dataset the epoch and window of its next sample, as seen from a position."""
+        owns = self._mixture(seed).before(position)
+        return tuple(part.order(seed).window_at(int(own)) for part, own in zip(self._parts, owns, strict=True))
+
+    def due(self, seed: int, position: int) -> dict[str, tuple[Part, DatasetFile]]:
+        """The files of these windows and of the next ones, in the order of need, by sha256."""
+        owns = self._mixture(seed).before(position)
+        due = [(part, file) for part, own in zip(self._parts, owns, strict=True) for file in part.due(seed, int(own))]
+        return {file.sha256: (part, file) for part, file in due}
+
+    def needs(self) -> dict[str, int]:
+        """When each file is needed next, in windows, as seen from the last batch that was begun; by its sha256."""
+        seed, position = self._now or (0, 0)
+        owns = self._mixture(seed).before(position)
+        needs: dict[str, int] = {}
+        for part, own in zip(self._parts, owns, strict=True):
+            needs |= part.needs(seed, int(own))
+        return needs
+
+
+def _addresses(shards: list[Shard], which: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Where in memory the columns of some samples begin: (columns, batch).
+
+    Args:
+        shards: The shards.
+        which: (batch,) the shard of each sample.
+        places: (columns, batch) or (columns, 1): which of the wanted columns.
+    """
+    firsts = np.array([shard.addresses for shard in shards])[which, places]
+    if not firsts.all():  # a shard's first samples
+        places = np.broadcast_to(places, firsts.shape)
+        for i in np.unique(which[(firsts == 0).any(axis=0)]).tolist():
+            shards[i].find_columns(np.unique(places[(which == i) & (firsts == 0)]))
+        firsts = np.array([shard.addresses for shard in shards])[which, places]
+    return firsts
+
+
+def mask_variants(uids: np.ndarray, epochs: np.ndarray, num_variants: np.ndarray | int) -> np.ndarray:
+    """Which of its masks each sample wears at a visit: the next one each time, from a start of its own.
+
+    Args:
+        uids: (batch, 16) uint8; their lower halves are uniform, and are the start.
+        epochs: (batch,) from 0.
+        num_variants: K.
+    """
+    starts = np.ascontiguousarray(uids).view(">u8")[:, 1] % np.asarray(num_variants, dtype=np.uint64)
+    return (epochs + starts.astype(np.int64)) % num_variants
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def open_dataset(store: ObjectStore, prefix: str, cache_dir: Path, *, verify_hashes: bool = True) -> TrainingDataset:
-    """Opens the training split of an encoded dataset.
+def open_dataset(
+    store: ObjectStore,
+    datasets: str | Mapping[str, float],
+    cache_dir: Path,
+    *,
+    fields: Fields | None = None,
+    cache_bytes: int | None = None,
+    session: str | None = None,
+) -> TrainingDataset:
+    """Opens the training split of an encoded dataset, or of several to be mixed.
+
+    Only manifests and constants are read here; files of rows are verified a little before they are needed.
 
     Args:
         store: Where it is.
-        prefix: Its folder's key.
-        cache_dir: Files of a store that is not a local folder are kept here.
-        verify_hashes: Whether to read each file once and compare its sha256. Processes that share the files let one of
-            them do it.
+        datasets: Its folder's key; or of several, key → weight.
+        cache_dir: A local folder for what is known of files, and for the files of a store that is not a local folder.
+            Processes that train together on a machine share it.
+        fields: Which tensors are wanted; by default those that training without frozen encoders needs.
+        cache_bytes: How much files in `cache_dir` may take; default: four fifths of what is free.
+        session: A word that is new at every start and common to the processes that share `cache_dir`: then each file is
+            verified by one of them. None: by each for itself.
 
     Returns:
-        The dataset; its files are mapped, not read.
+        The dataset.
 
     Raises:
-        ContractError: No such dataset, not an encoded one, empty, or a file is not what the manifest says.
+        ContractError: No such dataset, not an encoded one, empty, or it has not what is asked for; or several do not
+            agree.
+        ValueError: `cache_bytes` cannot hold what is needed at once; a weight is too small.
     """
-    manifest = _read_manifest(store, prefix)
-    specs = parse_specs(manifest, store.uri_of(prefix))
-    files = manifest.files("rows", split="train")
-    if not sum(file.num_rows for file in files):
-        raise ContractError(f"{store.uri_of(prefix)}: the dataset has no training rows; select more, or hold out fewer")
-    shards = []
-    for file in files:
-        if file.num_rows == 0:
-            continue
-        shard = Shard(_local_file(store, prefix, file, cache_dir, verify_hashes=verify_hashes))
-        if shard.num_rows != file.num_rows:
-            raise ContractError(f"{shard.path}: {shard.num_rows} rows, the manifest says {file.num_rows}")
-        shards.append(shard)
-    return TrainingDataset(manifest, specs, _read_constants(store, prefix, manifest, specs), shards)
+    fields = fields or Fields()
+    weights = {datasets: 1.0} if isinstance(datasets, str) else dict(datasets)
+    manifests = {prefix: _read_manifest(store, prefix) for prefix in weights}
+    specs = {prefix: parse_specs(manifest, store.uri_of(prefix)) for prefix, manifest in manifests.items()}
+    check_agree({store.uri_of(prefix): its for prefix, its in specs.items()})
+    for prefix, its in specs.items():
+        check_fields(its, fields, store.uri_of(prefix))
+        if not sum(file.num_rows for file in manifests[prefix].files("rows", split="train")):
+            raise ContractError(
+                f"{store.uri_of(prefix)}: the dataset has no training rows; select more, or hold out fewer"
+            )
+    notes = Notes(cache_dir, session)
+    prefixes = sorted(weights, key=lambda prefix: manifests[prefix].digest)
+    first = prefixes[0]
+    files = shard_files_of(store, cache_dir, cache_bytes, notes)
+    columns = Columns(fields, specs[first])
+    parts = [Part(manifests[prefix], prefix, files, columns.widths) for prefix in prefixes]
+    constants = _read_constants(store, first, manifests[first], specs[first])
+    shares = shares_of([weights[prefix] for prefix in prefixes])
+    dataset = TrainingDataset(parts, shares, specs[first], constants, fields, columns)
+    if isinstance(files, RowCache):
+        files.check_size(sum(part.bytes_at_once for part in parts))
+        files.needs = dataset.needs
+    return dataset
 
 
 def _read_manifest(store: ObjectStore, prefix: str) -> Manifest:
-    uri = store.uri_of(f"{prefix}/{MANIFEST_NAME}")
+    uri = store.uri_of(prefix)
     try:
-        return Manifest.model_validate_json(store.read(f"{prefix}/{MANIFEST_NAME}"))
+        manifest = load_manifest(store, prefix)
     except ObjectNotFoundError as error:
         raise ContractError(
-            f"dataset: {uri} is not there: no such dataset, or not complete; prepare it first"
+            f"dataset: {error.uri} is not there: no such dataset, or not complete; prepare it first"
         ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
+    name = prefix.rpartition("/")[2]
+    if not manifest.digest.startswith(name):
         raise ContractError(
-            f"dataset: {uri} is no manifest that this version reads "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']}); prepare it again"
-        ) from error
-
-
-def _local_file(store: ObjectStore, prefix: str, file: DatasetFile, cache_dir: Path, *, verify_hashes: bool) -> Path:
-    """A local copy of a file, which is what the manifest says."""
-    key = f"{prefix}/{file.name}"
-    path = store.local_path(key)
-    if path is not None:
-        _check_file(path, file, verify_hashes=verify_hashes)
-        return path
-    path = cache_dir / file.sha256[:2] / f"{file.sha256}.parquet"
-    try:
-        _check_file(path, file, verify_hashes=verify_hashes)
-    except ContractError:
-        path.unlink(missing_ok=True)  # a cache may be broken, and is made again
-        store.download(key, path, file.sha256)
-        _check_file(path, file, verify_hashes=False)
-    return path
-
-
-def _check_file(path: Path, file: DatasetFile, *, verify_hashes: bool) -> None:
-    if not path.is_file():
-        raise ContractError(f"{path}: missing, and the manifest names it")
-    num_bytes = path.stat().st_size
-    if num_bytes != file.num_bytes:
-        raise ContractError(f"{path}: {num_bytes} bytes, the manifest says {file.num_bytes}; the file is damaged")
-    if verify_hashes and (found := sha256_of_file(path)) != file.sha256:
-        raise ContractError(f"{path}: sha256 {found}, the manifest says {file.sha256}; the file is damaged")
+            f"dataset: {uri} has the manifest of dataset {manifest.digest[: len(name)]}; put its own manifest there"
+        )
+    return manifest
 
 
 def _read_constants(store: ObjectStore, prefix: str, manifest: Manifest, specs: DatasetSpecs) -> Constants:
@@ -377,14 +340,24 @@ def _read_constants(store: ObjectStore, prefix: str, manifest: Manifest, specs: 
     entry = next((file for file in manifest.extra_files if file.name == CONSTANTS_NAME), None)
     if entry is None:
         raise ContractError(f"dataset: its manifest does not name {uri}; encode it again")
-    data = store.read(f"{prefix}/{CONSTANTS_NAME}")
+    try:
+        data = store.read(f"{prefix}/{CONSTANTS_NAME}")
+    except ObjectNotFoundError as error:
+        raise ContractError(f"{error}, and the manifest names it") from None
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise ContractError(f"{uri}: sha256 {found}, the manifest says {entry.sha256}; the file is damaged")
     tensors = load_safetensors(data)
     shapes = {"null_text_embedding": specs.text.embeddings_shape, "full_mask_moments": specs.latents.moments_shape}
+    if "token_ids" in specs.columns:
+        shapes["null_token_ids"] = (specs.text.num_tokens,)
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             has = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise ContractError(f"{uri}: {name} is {has}, the dataset's specs say {shape}; encode it again")
-    return Constants(tensors["null_text_embedding"], tensors["full_mask_moments"])
+    token_ids = tensors.get("null_token_ids")
+    return Constants(
+        tensors["null_text_embedding"],
+        tensors["full_mask_moments"],
+        None if token_ids is None else token_ids.long(),
+    )

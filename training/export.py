@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from infra.bundles import BundleManifest, commit_bundle, find_bundle, load_bundle
 from infra.channels import ChannelPointer, MayReplace, move_channel, pointer_to, read_channel
+from infra.child import emit, run_as_child
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
 from model.base_weights import BASE_NAME
@@ -27,7 +28,6 @@ from model.single_file import export_single_file, ldm_gaps
 from model.weights import export_diffusers
 from preprocessing.contracts.bases import local_files
 from preprocessing.contracts.digests import weights_sha256
-from training.child import emit, run_as_child
 from training.config import PublishConfig
 from training.heldout import read_manifest
 from training.inpainting import load_ema_unet

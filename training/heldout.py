@@ -1,7 +1,6 @@
 """The held-out rows: which pictures a validation looks at."""
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from pydantic import ValidationError
 
 from infra.errors import ContractError
-from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_file
-from preprocessing.contracts.manifest import MANIFEST_NAME, DatasetFile, Manifest
+from infra.storage import ObjectNotFoundError, ObjectStore
+from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
+from training.crops import decode_crop
+from training.row_cache import shard_files_of
+from training.shard_files import Notes
 
 _ROWS_AT_ONCE = 256
 
@@ -46,14 +46,10 @@ def read_manifest(store: ObjectStore, prefix: str) -> Manifest:
     Raises:
         ContractError: The dataset is not there, not complete, or of another format.
     """
-    uri = store.uri_of(f"{prefix}/{MANIFEST_NAME}")
     try:
-        return Manifest.model_validate_json(store.read(f"{prefix}/{MANIFEST_NAME}"))
-    except ObjectNotFoundError:
-        raise ContractError(f"dataset: {uri} is not there; prepare the dataset first") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ContractError(f"dataset: {uri}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        return load_manifest(store, prefix)
+    except ObjectNotFoundError as error:
+        raise ContractError(f"dataset: {error.uri} is not there; prepare the dataset first") from None
 
 
 class HeldOutRows:
@@ -62,7 +58,7 @@ class HeldOutRows:
     Args:
         store: Where it is.
         prefix: Key of its folder.
-        scratch: Files of a store that is not a local folder are copied here.
+        scratch: What is known of the files, and those of a store that is not a local folder, are kept here.
 
     Raises:
         ContractError: There is no such dataset, it has no validation rows, or a file is not what its manifest says.
@@ -75,7 +71,11 @@ class HeldOutRows:
             raise ContractError(
                 f"dataset: {store.uri_of(prefix)} has no held-out rows; raise select.validation_fraction"
             )
-        self._paths = [_local_copy(store, f"{prefix}/{file.name}", file, scratch) for file in files]
+        self._entries, self._prefix = files, prefix
+        folder = scratch / "heldout"
+        self._files = shard_files_of(store, folder, None, Notes(folder))
+        for file in files:
+            self._check_columns(file)
 
     def __len__(self) -> int:
         return sum(1 for _ in self._rows(["uid"]))
@@ -99,31 +99,25 @@ class HeldOutRows:
         order = sorted(fit, key=lambda uid: hashlib.blake2b(f"{purpose}:{uid}".encode(), digest_size=16).digest())
         rank = {uid: place for place, uid in enumerate(order[:num_samples])}
         found = {
-            row["uid"]: HeldOutPicture(row["uid"], row["url"], row["caption"], _decoded(row["image"]))
+            row["uid"]: HeldOutPicture(row["uid"], row["url"], row["caption"], decode_crop(row["image"]))
             for row in self._rows(["uid", "url", "caption", "image"], rank)
         }
         return [found[uid] for uid in rank]
 
     def _rows(self, columns: list[str], wanted: dict[str, int] | None = None) -> Iterator[dict[str, Any]]:
-        for path in self._paths:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                if wanted is None:
-                    yield from batch.to_pylist()
-                    continue
-                places = [i for i, uid in enumerate(batch.column("uid").to_pylist()) if uid in wanted]
-                yield from batch.take(pa.array(places, pa.int64())).to_pylist()
+        for entry in self._entries:
+            with self._files.open(self._prefix, entry).file as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+                    if wanted is None:
+                        yield from batch.to_pylist()
+                        continue
+                    places = [i for i, uid in enumerate(batch.column("uid").to_pylist()) if uid in wanted]
+                    yield from batch.take(pa.array(places, pa.int64())).to_pylist()
 
-
-def _local_copy(store: ObjectStore, key: str, file: DatasetFile, scratch: Path) -> Path:
-    path = store.local_path(key)
-    if path is None:
-        path = scratch / "heldout" / key.replace("/", "_")
-        store.download(key, path, file.sha256)
-    elif not path.is_file() or sha256_of_file(path) != file.sha256:
-        raise ContractError(f"dataset: {path} is missing or damaged: its sha256 is not the manifest's {file.sha256}")
-    return path
-
-
-def _decoded(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.array(image.convert("RGB"))
+    def _check_columns(self, entry: DatasetFile) -> None:
+        with (opened := self._files.open(self._prefix, entry)).file:
+            if "image" not in pq.read_schema(opened.file).names:
+                raise ContractError(
+                    f"{opened.path}: the held-out rows keep no pictures, and validation inpaints them; "
+                    "encode the dataset with encode.image png or jpeg"
+                )

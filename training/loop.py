@@ -4,31 +4,38 @@ import contextlib
 import json
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from infra.child import emit
 from infra.errors import GateError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
 from model.schedule import alphas_cumprod_of
 from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
-from training.checkpoint import Checkpoints, TrainingState, load_checkpoint
-from training.child import emit
+from training.batch import Batch
+from training.checkpoint import Checkpoints
 from training.compatibility import check_specs
+from training.conditioning import fields_of
 from training.data import TrainingDataset, open_dataset
 from training.ema import Ema, start_average
 from training.engine import World, build_engine, init_distributed, learning_rate_at, set_learning_rate
+from training.loader import Batches
 from training.loss_tally import describe, tally
-from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix
+from training.online import OnlineConditioner, load_conditioner
+from training.retention import Retention
+from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix, step_of
+from training.saved_state import TrainingState, load_state
 from training.step import StepLoss, draw, training_loss
+from training.stopping import Stop
 
 LOGGER = logging.getLogger(__name__)
 
@@ -53,22 +60,27 @@ def run_training(run: RunSpec, workdir: Path, world: World) -> dict[str, Any] | 
         ContractError: The dataset, the model and the checkpoints do not belong together.
         GateError: A loss or the gradient is not finite.
         KeyboardInterrupt: Stopped by a signal, after a checkpoint.
+        WalltimeError: Stopped near the end of ``train.walltime_s``, after a checkpoint.
+        TransientError: A checkpoint could not be committed.
     """
+    stop = Stop(run.train.walltime_s, run.train.walltime_margin_s)
     trainer = _prepare(run, workdir, world)
     trainer.resume()
-    with _signals_noted() as interrupted:
-        return trainer.run_to_end(interrupted)
+    with stop.signals_noted():
+        return trainer.run_to_end(stop)
 
 
 def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
     store = open_store(run.store_uri)
-    cache_dir = workdir / "cache"
-    dataset = None
     if world.local_rank == 0:  # the others wait for it when they join the process group
-        dataset = open_dataset(store, run.dataset_prefix, cache_dir)
-        check_specs(dataset.specs, run.model)
+        check_specs(_open(run, store, workdir).specs, run.model)
     init_distributed(world, max(_MIN_TIMEOUT_S, run.train.stall_timeout_s))
-    dataset = dataset or open_dataset(store, run.dataset_prefix, cache_dir, verify_hashes=False)
+    session = [uuid.uuid4().hex]
+    dist.broadcast_object_list(session, src=0)
+    dataset = _open(run, store, workdir, session[0])
+    conditioner = load_conditioner(
+        run.train, dataset.specs, dataset.constants, directory=run.model.directory, device=world.device
+    )
     torch.manual_seed(run.train.seed)  # nothing draws from it; a layer with dropout would
     unet = load_unet(run.model.directory / "unet")
     if unet.config["in_channels"] != NUM_INPAINTING_CHANNELS:
@@ -76,11 +88,22 @@ def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
     torch.nn.Module.to(unet, world.device).train()
     ema = start_average(unet, run.train.ema_decay, run.model.directory / "unet_ema") if world.is_first else None
     engine = build_engine(unet, run.train)
-    digest = run_digest(run.train, run.model, dataset.manifest.digest)
+    digest = run_digest(run.train, run.model, dataset.digest)
     if world.is_first:
-        config = run.model_dump(mode="json") | {"digest": digest, "dataset_digest": dataset.manifest.digest}
+        config = run.model_dump(mode="json") | {"digest": digest, "dataset_digest": dataset.digest}
         store.put(f"{run_prefix(run.run_id)}/config.json", json.dumps(config, indent=1).encode())
-    return _Trainer(run, world, store, dataset, unet, engine, ema, digest, workdir)
+    return _Trainer(run, world, store, dataset, conditioner, unet, engine, ema, digest, workdir)
+
+
+def _open(run: RunSpec, store: ObjectStore, workdir: Path, session: str | None = None) -> TrainingDataset:
+    return open_dataset(
+        store,
+        run.datasets,
+        workdir / "cache",
+        fields=fields_of(run.train),
+        cache_bytes=run.train.cache_bytes,
+        session=session,
+    )
 
 
 @dataclass
@@ -89,6 +112,7 @@ class _Trainer:
     world: World
     store: ObjectStore
     dataset: TrainingDataset
+    conditioner: OnlineConditioner | None
     unet: UNet2DConditionModel
     engine: Any
     ema: Ema | None
@@ -108,9 +132,8 @@ class _Trainer:
         self.metrics = _Metrics(
             self.workdir / "metrics.jsonl", self.store, f"{run_prefix(self.run.run_id)}/metrics.jsonl"
         )
-        self.checkpoints = Checkpoints(
-            self.store, self.run.run_id, self.workdir / "scratch", keep=train.keep_checkpoints
-        )
+        retention = Retention(train.keep_last, train.keep_every_steps, train.keep_best, train.keep_best_metric)
+        self.checkpoints = Checkpoints(self.store, self.run.run_id, self.workdir / "scratch", retention)
 
     # ----------------------------------------------------------------------------------------------------- the course
 
@@ -122,8 +145,11 @@ class _Trainer:
             found = [None if folder is None else str(folder)]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
-            self.step = load_checkpoint(Path(found[0]), self.engine, self.ema, self._state())
+            self.step = load_state(Path(found[0]), self.engine, self.unet, self.ema, self._state()).step
             self.saved_step = self.step
+            dist.barrier()  # all ranks have read it
+            if self.world.is_first:
+                self.checkpoints.forget_fetched()
         if self.world.is_first:
             self.metrics.start(self.step)
             emit(
@@ -134,31 +160,57 @@ class _Trainer:
                 }
             )
 
-    def run_to_end(self, interrupted: "_Interrupted") -> dict[str, Any] | None:
+    def run_to_end(self, stop: Stop) -> dict[str, Any] | None:
         train = self.run.train
         loss = None
-        while self.step < train.num_steps:
-            loss, is_stopping = self._take_step(interrupted)
-            if self._is_checkpoint_due() or is_stopping:
-                self._save()
-            if is_stopping and self.step < train.num_steps:
-                raise KeyboardInterrupt
-        dist.barrier()
+        with self._batches_from_here() as batches:
+            while self.step < train.num_steps:
+                loss, is_stopping = self._take_step(next(batches), stop)
+                if self._is_checkpoint_due() or is_stopping:
+                    self._save()
+                self._tell_committed()
+                stop.note_step(self.checkpoints.longest_save_s)
+                if is_stopping and self.step < train.num_steps:
+                    self._end_early(stop)
+        self.checkpoints.wait()
+        self._tell_committed()
         if not self.world.is_first:
             return None
         self.metrics.put()
         return {"checkpoint_prefix": checkpoint_prefix(self.run.run_id, self.step), "step": self.step, "loss": loss}
 
+    def _batches_from_here(self) -> Batches:
+        train = self.run.train
+        return self.dataset.batches(
+            seed=train.seed,
+            global_batch_size=train.global_batch_size,
+            start_step=self.step,
+            num_steps=train.num_steps - self.step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
-        if self.world.is_first:
-            self.metrics.put()  # before the commit: what a resumed run does not want it cuts off
-        prefix = self.checkpoints.save(self.engine, self.unet, self.ema, self._state())
+        # The metrics before the commit: what a resumed run does not want it cuts off.
+        metrics = self.metrics.object() if self.world.is_first else {}
+        self.checkpoints.save(self.engine, self.unet, self.ema, self._state(), metrics)
         self.saved_step = self.step
-        if self.world.is_first:
-            emit({"event": "checkpoint", "step": self.step, "prefix": prefix})
         self.progress.skip_pause()
+
+    def _tell_committed(self) -> None:
+        for prefix in self.checkpoints.take_committed():
+            emit({"event": "checkpoint", "step": step_of(prefix), "prefix": prefix})
+
+    def _end_early(self, stop: Stop) -> NoReturn:
+        """Waits for the checkpoint, then ends all ranks for the same reason."""
+        self.checkpoints.wait()
+        self._tell_committed()
+        is_signalled = torch.tensor([float(stop.is_signalled)], device=self.world.device)
+        dist.all_reduce(is_signalled, op=dist.ReduceOp.MAX)
+        raise stop.error(self.step, was_signalled=bool(is_signalled.item()))
 
     def _state(self) -> TrainingState:
         return TrainingState(
@@ -167,21 +219,21 @@ class _Trainer:
             ema_num_updates=0 if self.ema is None else self.ema.num_updates,
             world_size=self.world.size,
             run_digest=self.digest,
-            dataset_digest=self.dataset.manifest.digest,
+            dataset_digest=self.dataset.digest,
             config=self.run.train.model_dump(mode="json"),
         )
 
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def _take_step(self, interrupted: "_Interrupted") -> tuple[float, bool]:
+    def _take_step(self, batch: Batch, stop: Stop) -> tuple[float, bool]:
         """Takes one optimizer step.
 
         Returns:
             Its loss over the global batch, and whether any rank was told to stop.
         """
         train = self.run.train
-        results, uids = self._forward_backward()
-        loss, is_stopping = self._agree(results, uids, interrupted)
+        results, uids = self._forward_backward(batch)
+        loss, is_stopping = self._agree(results, uids, stop)
         learning_rate = learning_rate_at(train, self.step)
         set_learning_rate(self.engine, learning_rate)
         self.engine.step()
@@ -206,16 +258,9 @@ class _Trainer:
         told, self.tally = self.tally, None
         return describe(told, len(self.alphas_cumprod))
 
-    def _forward_backward(self) -> tuple[list[StepLoss], tuple[str, ...]]:
+    def _forward_backward(self, batch: Batch) -> tuple[list[StepLoss], tuple[str, ...]]:
         """Runs this rank's share of the global batch; returns its micro batches' losses, and the samples' uids."""
         train = self.run.train
-        batch = self.dataset.batch_at(
-            self.step,
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
         results = []
         for start in range(0, len(batch), train.micro_batch_size):
             result = self._loss_of(start, start + train.micro_batch_size, batch)
@@ -237,6 +282,8 @@ class _Trainer:
             text_dropout=train.text_dropout,
             full_mask=train.full_mask,
         )
+        if self.conditioner is not None:
+            part = self.conditioner.complete(part, draws)
         return training_loss(
             self.engine,
             part,
@@ -249,9 +296,7 @@ class _Trainer:
             min_snr_gamma=train.min_snr_gamma,
         )
 
-    def _agree(
-        self, results: Sequence[StepLoss], uids: tuple[str, ...], interrupted: "_Interrupted"
-    ) -> tuple[float, bool]:
+    def _agree(self, results: Sequence[StepLoss], uids: tuple[str, ...], stop: Stop) -> tuple[float, bool]:
         """One small all-reduce: the mean loss, its origin, whether it is finite everywhere, whether to stop."""
         losses = torch.cat([result.per_sample for result in results])
         weights = torch.cat([result.weights for result in results])
@@ -262,7 +307,7 @@ class _Trainer:
             len(self.alphas_cumprod),
         )
         total, num_bad = (weights * losses).double().sum(), (~losses.isfinite()).sum().double()
-        own = torch.stack([total, num_bad, total.new_tensor(float(interrupted.is_set))])
+        own = torch.stack([total, num_bad, total.new_tensor(float(stop.is_set))])
         sums = torch.cat([own, step_tally.flatten()])
         dist.all_reduce(sums)
         step_tally = sums[len(own) :].reshape(step_tally.shape)
@@ -345,26 +390,9 @@ class _Metrics:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def object(self) -> dict[str, bytes]:
+        """Key and content, as it is now."""
+        return {self._key: self._path.read_bytes()}
+
     def put(self) -> None:
         self._store.put(self._key, self._path.read_bytes())
-
-
-@dataclass
-class _Interrupted:
-    is_set: bool = False
-
-
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[_Interrupted]:
-    """Within, SIGTERM and SIGINT are noted, to be acted upon between two steps, by all ranks at the same one."""
-    noted = _Interrupted()
-
-    def note(number: int, frame: object) -> None:
-        noted.is_set = True
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

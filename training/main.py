@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from training.child import run_as_child
+from infra.child import run_as_child
 from training.runspec import RunSpec
 
 

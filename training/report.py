@@ -7,7 +7,6 @@ length; the page has no script, and its policy forbids it to load anything.
 import base64
 import io
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from preprocessing.contracts.display import display_text
 from training.heldout import HeldOutPicture
 from training.validation_objects import ObjectTest
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from training.validation import FamilyTest
 
 TEMPLATES: Final = Path(__file__).with_name("templates")
-MAX_CAPTION_CHARS: Final = 300
 _UPSCALE: Final = 3
 _MAX_TILE_PX: Final = 256
 _GAP_PX: Final = 6
@@ -100,15 +99,6 @@ def write_report(
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     grid_image(sections).save(folder / "grid.png", optimize=True)
     (folder / "report.html").write_text(render_html(report, sections), encoding="utf-8")
-
-
-def display_text(text: str, max_chars: int = MAX_CAPTION_CHARS) -> str:
-    """A stranger's text, for the eye only: one line, without control and direction characters, cut to a length."""
-    composed = unicodedata.normalize("NFC", text)
-    visible = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in composed)
-    visible = "".join(c for c in visible if not unicodedata.category(c).startswith("C"))
-    line = " ".join(visible.split())
-    return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

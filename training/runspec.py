@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from pydantic import Field
+
 from preprocessing.contracts.config import Config, ModelConfig
 from preprocessing.contracts.digests import digest_of, weights_sha256
 from training.config import TrainConfig
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raised by hand whenever the code's result changes: a run of another version is another run."""
 
 
@@ -16,7 +18,8 @@ class RunSpec(Config):
     Attributes:
         run_id: Name of the run, from `run_id_of`; its results stand below `run_prefix`.
         store_uri: The object store's root.
-        dataset_prefix: Key of the encoded dataset's folder in the store.
+        dataset_prefix: Key of the encoded dataset's folder in the store; of a mixture, the first one's.
+        mixture: Keys of the folders of several datasets, and their weights; empty for one.
         model: The weights to start from.
         train: How to train.
     """
@@ -24,8 +27,14 @@ class RunSpec(Config):
     run_id: str
     store_uri: str
     dataset_prefix: str
+    mixture: dict[str, float] = Field(default_factory=dict)
     model: ModelConfig
     train: TrainConfig
+
+    @property
+    def datasets(self) -> dict[str, float]:
+        """Keys of the folders of all datasets that are trained on, and their weights."""
+        return self.mixture or {self.dataset_prefix: 1.0}
 
 
 def run_digest(train: TrainConfig, model: ModelConfig, dataset_digest: str) -> str:
@@ -35,13 +44,14 @@ def run_digest(train: TrainConfig, model: ModelConfig, dataset_digest: str) -> s
         train: How to train.
         model: The weights to start from; only the UNet's and its average's count here, the encoders' are in the
             dataset's digest.
-        dataset_digest: The encoded dataset's.
+        dataset_digest: The encoded dataset's; for several, `mixture_digest`.
 
     Returns:
         64 hexadecimal digits.
     """
     config: dict[str, Any] = train.digest_fields()
-    config.pop("dataset")  # where it lies does not matter, and what it holds is in its digest
+    for name in ("dataset", "datasets"):  # where they lie does not matter, and what they hold is in the digest
+        config.pop(name, None)
     weights = {"unet": weights_sha256(model.directory / "unet")}
     if (model.directory / "unet_ema").is_dir():
         weights["unet_ema"] = weights_sha256(model.directory / "unet_ema")

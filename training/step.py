@@ -19,7 +19,7 @@ from model.objective import add_noise, min_snr_weights, per_sample_loss, target
 from model.randomness import stream
 from model.specs import PredictionType
 from model.unet import unet_input
-from training.data import Batch, Constants
+from training.batch import Batch, Constants
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def training_loss(
 
     Args:
         unet: Reads 2c + 1 channels.
-        batch: The samples.
+        batch: The samples, complete: what the dataset does not store, `training.online` has made.
         draws: What is random about them.
         constants: The dataset's.
         prediction_type: What the UNet predicts.
@@ -165,6 +165,10 @@ def training_loss(
     Returns:
         The mean, with gradient; and, sample by sample, what it was made of.
     """
+    assert batch.mask is not None
+    assert batch.masked_moments is not None
+    assert batch.moments is not None
+    assert batch.text_embeddings is not None
     mask, masked_moments = with_full_masks(
         batch.mask.to(device),
         batch.masked_moments.to(device),

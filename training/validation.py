@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from infra.bundles import commit_bundle, find_bundle, load_bundle
+from infra.child import emit, run_as_child
 from infra.storage import open_store
 from model.masks import draw_masks
 from model.objective import add_noise, per_sample_loss, target
 from model.sampler import noise_for
 from model.unet import unet_input
 from preprocessing.contracts.manifest import Manifest
-from training.child import emit, run_as_child
 from training.heldout import HeldOutPicture, HeldOutRows
 from training.inpainting import Inpainter, load_inpainter, mean_fill, telea_fill
 from training.loss_tally import NUM_LOSS_BUCKETS

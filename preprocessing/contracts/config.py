@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from model.specs import MASK_FAMILIES, USER_FAMILY
+from model.specs import MASK_FAMILIES, USER_FAMILY, LatentSpec, TextSpec
 from preprocessing.contracts.bases import (
     CACHE_VARIABLE,
     TINY,
@@ -318,12 +318,45 @@ class EncodeConfig(Config):
         description="Your own masks, bright = repaint: files, folders, globs. For mask_family 'user', and only for it.",
     )
     num_mask_variants: int = Field(
-        default=4, ge=1, le=64, description="Masks a row; as many as epochs gives each epoch a fresh one."
+        default=4,
+        ge=0,
+        le=64,
+        description="Masks a row; as many as epochs gives each epoch a fresh one. 0: masks are drawn while training.",
     )
     mask_seed: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=32, ge=1, json_schema_extra=NOT_IN_DIGEST)
+    image: Literal["png", "jpeg", "none"] = Field(
+        default="png",
+        description="The crop, as it is kept. 'jpeg': what decodes from it is the crop, for the models as well.",
+    )
+    image_quality: int = Field(default=90, ge=1, le=100, description="Of image 'jpeg'.")
+    moments: bool = Field(
+        default=True, description="Store the crop's moments; without them training encodes the kept image."
+    )
+    text: Literal["embeddings", "token_ids", "both"] = Field(
+        default="embeddings", description="77 x width fp16, or 77 token ids of which training makes them, or both."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Of the models while they encode; what they give is stored as fp16."
+    )
+    compile: bool = Field(default=False, description="torch.compile the models: other kernels, so other last bits.")
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        json_schema_extra=NOT_IN_DIGEST,
+        description="Pictures at once, at most; halved where memory does not suffice. Changes no stored byte.",
+    )
     num_threads: int | None = Field(
-        default=None, ge=1, json_schema_extra=NOT_IN_DIGEST, description="Default: all cores."
+        default=None,
+        ge=1,
+        json_schema_extra=NOT_IN_DIGEST,
+        description="Of each process; default: its share of the cores.",
+    )
+    num_processes: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        json_schema_extra=NOT_IN_DIGEST,
+        description="Processes that share the shards; default: one a GPU, or one.",
     )
 
     @field_validator("mask_files", mode="before")
@@ -339,6 +372,32 @@ class EncodeConfig(Config):
                 f"mask_family {USER_FAMILY!r} needs files, and no other takes any"
             )
         return self
+
+    @model_validator(mode="after")
+    def _latents_can_be_had(self) -> "EncodeConfig":
+        if self.image == "none" and not self.moments:
+            raise ValueError("moments: false, and image is 'none'; keep the moments, or the picture they are made of")
+        if self.image == "none" and self.num_mask_variants == 0:
+            raise ValueError(
+                "num_mask_variants: 0, and image is 'none'; store masks, or the picture on which training draws them"
+            )
+        return self
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Which of ``text_embeddings`` and ``token_ids`` are stored."""
+        return {"embeddings": ("text_embeddings",), "token_ids": ("token_ids",)}.get(
+            self.text, ("text_embeddings", "token_ids")
+        )
+
+    def tensor_columns(self, latents: LatentSpec, text: TextSpec) -> dict[str, int]:
+        """The fixed-width columns that are stored, in their order, with the bytes of one value."""
+        text_num_bytes = {"text_embeddings": text.embeddings_num_bytes, "token_ids": text.token_ids_num_bytes}
+        columns = {"moments": latents.moments_num_bytes} if self.moments else {}
+        columns |= {name: text_num_bytes[name] for name in self.text_columns}
+        for k in range(self.num_mask_variants):
+            columns |= {f"mask_{k}": latents.mask_num_bytes, f"masked_moments_{k}": latents.moments_num_bytes}
+        return columns
 
 
 class ModelConfig(Config):

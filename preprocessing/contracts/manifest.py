@@ -3,7 +3,10 @@
 from collections import Counter
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infra.errors import ContractError
+from infra.storage import ObjectNotFoundError, ObjectStore
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
@@ -141,3 +144,42 @@ class Manifest(Record):
 def dataset_prefix(stage: str, digest: str) -> str:
     """The key of a dataset's folder in the store, without trailing slash."""
     return f"datasets/{stage}/{digest[:16]}"
+
+
+def parse_manifest(data: bytes, uri: str) -> Manifest:
+    """Reads a manifest's bytes.
+
+    Args:
+        data: The content of a ``MANIFEST.json``.
+        uri: Where it was found, for the message.
+
+    Raises:
+        ContractError: It is not a manifest of a format that this version reads.
+    """
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ContractError(
+            f"{uri}: not a manifest of format {FORMAT_VERSION} "
+            f"({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']}); make the dataset again with this version"
+        ) from error
+
+
+def load_manifest(store: ObjectStore, prefix: str) -> Manifest:
+    """Reads a dataset's manifest.
+
+    Raises:
+        ObjectNotFoundError: There is none: the dataset is not complete.
+        ContractError: It is not a manifest of a format that this version reads.
+    """
+    key = f"{prefix}/{MANIFEST_NAME}"
+    return parse_manifest(store.read(key), store.uri_of(key))
+
+
+def find_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
+    """The dataset's manifest, or None where the dataset is not complete."""
+    try:
+        return load_manifest(store, prefix)
+    except ObjectNotFoundError:
+        return None

@@ -14,6 +14,8 @@ Tensors are non-nullable ``fixed_size_binary``, little-endian, C order; see ``TE
 written.
 """
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 REJECTS = pa.schema(
@@ -70,7 +72,15 @@ TENSOR_WRITER = {
 
 
 def training_rows(
-    moments_num_bytes: int, embeddings_num_bytes: int, mask_num_bytes: int, num_mask_variants: int
+    moments_num_bytes: int,
+    embeddings_num_bytes: int,
+    mask_num_bytes: int,
+    num_mask_variants: int,
+    *,
+    has_image: bool = True,
+    has_moments: bool = True,
+    text_columns: Sequence[str] = ("text_embeddings",),
+    token_ids_num_bytes: int = 77 * 2,
 ) -> pa.Schema:
     """The schema of training rows.
 
@@ -79,8 +89,14 @@ def training_rows(
         embeddings_num_bytes: Of ``text_embeddings`` (77 × width fp16).
         mask_num_bytes: Of ``mask_k`` (h × w bits, row-major, most significant bit first).
         num_mask_variants: K.
+        has_image: Whether the crop is kept.
+        has_moments: Whether its moments are.
+        text_columns: Of ``text_embeddings`` and ``token_ids`` those that are stored.
+        token_ids_num_bytes: Of ``token_ids`` (77 uint16).
     """
-    tensors = [("moments", moments_num_bytes), ("text_embeddings", embeddings_num_bytes)]
+    text = {"text_embeddings": embeddings_num_bytes, "token_ids": token_ids_num_bytes}
+    tensors = [("moments", moments_num_bytes)] if has_moments else []
+    tensors += [(name, text[name]) for name in text_columns]
     for k in range(num_mask_variants):
         tensors += [(f"mask_{k}", mask_num_bytes), (f"masked_moments_{k}", moments_num_bytes)]
     return pa.schema(
@@ -91,7 +107,7 @@ def training_rows(
             pa.field("crop_left", pa.int32(), nullable=False),
             pa.field("resized_width", pa.int32(), nullable=False),
             pa.field("resized_height", pa.int32(), nullable=False),
-            pa.field("image", pa.binary(), nullable=False),
+            *([pa.field("image", pa.binary(), nullable=False)] if has_image else []),
             *(pa.field(name, pa.binary(num_bytes), nullable=False) for name, num_bytes in tensors),
         ]
     )

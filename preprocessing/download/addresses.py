@@ -10,6 +10,7 @@ What cannot be seen from here: a NAT64 prefix of one's own network (RFC 6052 all
 public IPv6 ones. Whoever runs one should run the download where private networks are out of its reach.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class Target:
         return f"{self.scheme}://{self.authority}"
 
 
+@functools.lru_cache(maxsize=65_536)
 def is_public(address: Address) -> bool:
     """Whether an address is on the public internet; a v4-mapped IPv6 address counts as its IPv4 address."""
     address = unmapped(address)

@@ -1,13 +1,11 @@
 """Connections to checked addresses, which keep their limits whatever the other side does.
 
-`http.client` reads HTTP; what it reads from is ours (`Wire`): every single read from the socket is held against the
-picture's deadline, the longest silence, the least rate and the most bytes. So no header, chunk or trailer that drips,
-and none that never ends, outlives them; a time limit on the socket alone is one per read, and no limit at all.
+Every single read from a socket (`Wire`) is held against the picture's deadline, the longest silence, the least rate and
+the most bytes; what is read is made into answers by `responses`. So no header, chunk or trailer that drips, and none
+that never ends, outlives them; a time limit on the socket alone is one per read, and no limit at all.
 """
 
 import contextlib
-import http.client
-import io
 import ipaddress
 import select
 import socket
@@ -15,11 +13,10 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from preprocessing.download.addresses import Address, Target
+from preprocessing.download.responses import Response, read_response
 
-BUFFER_BYTES = 1 << 15
 RATE_GRACE_S = 5.0
 _IDLE_S = 20.0  # servers close idle connections after 5 to 75 s
 _MAX_IDLE_PER_ORIGIN = 16
@@ -66,16 +63,21 @@ class Deadline:
         return min(left_s, at_most)
 
 
-class Wire(io.RawIOBase):
-    """A socket's incoming bytes, within limits; without limits it gives nothing.
+class Wire:
+    """A socket within limits; before they are set it gives nothing.
+
+    It is asked first and waited for after: what has arrived already costs one system call.
 
     Args:
-        sock: Connected.
+        sock: Connected; it is ours from now on.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        super().__init__()
+        sock.setblocking(False)
         self._sock = sock
+        self._readable, self._writable = select.poll(), select.poll()  # not select: descriptors go over 1,024
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
         self._deadline: Deadline | None = None
         self._silence_s = 0.0
         self._min_rate = 0
@@ -92,34 +94,33 @@ class Wire(io.RawIOBase):
         """Lets so many more bytes come."""
         self._num_allowed += num_bytes
 
-    def end(self) -> None:
-        """Nothing more is to be read."""
-        self._deadline = None
+    def receive(self, num_bytes: int) -> bytes:
+        """Reads what is there, at most so many bytes; waits while there is nothing.
 
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Reads what is there, at most to the limits.
+        Returns:
+            The bytes; none where the other side has closed.
 
         Raises:
             OverLimitError: More came than is allowed.
             TimeoutError: It was silent, too slow, or the deadline passed.
         """
-        if self._deadline is None:
-            return None  # as if nothing were there
+        assert self._deadline is not None
         if self.num_bytes >= self._num_allowed:
             raise OverLimitError(f"over {self._num_allowed:,} bytes")
-        self._sock.settimeout(self._deadline.left_s(self._silence_s))
-        started = time.monotonic()
-        count = self._sock.recv_into(buffer)
-        self._waited_s += time.monotonic() - started
-        self.num_bytes += count
+        left_s = self._deadline.left_s(self._silence_s)
+        while True:
+            try:
+                data = self._sock.recv(num_bytes)
+                break
+            except (BlockingIOError, ssl.SSLWantReadError):
+                left_s = self._wait(self._readable, left_s)
+            except ssl.SSLWantWriteError:
+                left_s = self._wait(self._writable, left_s)
+        self.num_bytes += len(data)
         if self._waited_s > RATE_GRACE_S and self.num_bytes < self._min_rate * self._waited_s:
             rate = self.num_bytes / self._waited_s
             raise TooSlowError(f"{rate:.0f} bytes/s are under download.min_rate_bytes_per_s = {self._min_rate}")
-        return count
+        return data
 
     def send(self, data: bytes) -> None:
         """Writes all of it.
@@ -128,8 +129,25 @@ class Wire(io.RawIOBase):
             TimeoutError: The other side does not take it.
         """
         assert self._deadline is not None
-        self._sock.settimeout(self._deadline.left_s(self._silence_s))
-        self._sock.sendall(data)
+        left_s = self._deadline.left_s(self._silence_s)
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                left_s = self._wait(self._writable, left_s)
+            except ssl.SSLWantReadError:
+                left_s = self._wait(self._readable, left_s)
+
+    def _wait(self, poll: select.poll, left_s: float) -> float:
+        """Waits until the socket is ready; how long may still be waited."""
+        started = time.monotonic()
+        is_ready = left_s > 0 and poll.poll(1000 * left_s)
+        waited_s = time.monotonic() - started
+        self._waited_s += waited_s
+        if not is_ready:
+            raise TimeoutError("timed out")
+        return left_s - waited_s
 
     def hang_up(self) -> None:
         """Closes the socket, without a farewell that the other side could hold up."""
@@ -137,77 +155,41 @@ class Wire(io.RawIOBase):
 
     def is_quiet(self) -> bool:
         """Whether the other side has said nothing, not even that it is gone, since the last answer."""
-        poll = select.poll()  # not select: descriptors go over 1,024
-        poll.register(self._sock.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
-        return not poll.poll(0)
+        return not self._readable.poll(0)
 
 
-class _Buffer(io.BufferedReader):
-    """What http.client reads from, over all answers of a connection: it must not close what the next answer needs."""
-
-    def close(self) -> None:
-        """Does nothing; see `Connection.hang_up`."""
-
-
-class _Socket:
-    """The little of a socket that http.client uses."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.buffer = _Buffer(wire, BUFFER_BYTES)
-
-    def sendall(self, data: bytes) -> None:
-        self.wire.send(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return self.buffer
-
-    def close(self) -> None:
-        """Does nothing: http.client closes before the answer is read; see `Connection.hang_up`."""
-
-
-class Connection(http.client.HTTPConnection):
+class Connection:
     """An HTTP/1.1 connection to one checked address.
 
+    Attributes:
+        address: Whom it is connected to.
+        wire: Its limits must have begun before anything is asked.
+
     Args:
-        target: A URL of the origin; the connection serves all of it.
         address: Whom it is connected to.
         sock: Connected, and through the handshake where the scheme is https.
     """
 
-    auto_open = 0
-
-    def __init__(self, target: Target, address: Address, sock: socket.socket) -> None:
-        super().__init__(target.host, target.port)
+    def __init__(self, address: Address, sock: socket.socket) -> None:
         self.address = address
         self.wire = Wire(sock)
-        self._channel = _Socket(self.wire)
-        self.sock: Any = self._channel
 
-    def ask(self, target: Target, headers: Sequence[tuple[str, str]]) -> http.client.HTTPResponse:
-        """Sends a GET request and reads the answer's headers; the wire's limits must have begun.
+    def ask(self, target: Target, headers: bytes) -> Response:
+        """Sends a GET request and reads the answer's headers.
+
+        Args:
+            target: A URL of the origin.
+            headers: All but ``Host``, as they are sent, each line with its end.
 
         Raises:
-            OSError: As from the socket.
-            http.client.HTTPException: The answer is not HTTP, or has over 100 headers.
+            OSError: As from the socket; `responses.HungUpError` where it is closed before the answer.
+            responses.BadResponseError: The answer is not HTTP, or has over 100 headers.
             OverLimitError: The headers go over the wire's limit.
         """
-        self.sock = self._channel  # http.client forgets it after an answer with "Connection: close"
-        self.putrequest("GET", target.path, skip_host=True, skip_accept_encoding=True)
-        self.putheader("Host", target.authority)
-        for name, value in headers:
-            self.putheader(name, value)
-        self.endheaders()
-        return self.getresponse()
-
-    def can_be_kept(self, response: http.client.HTTPResponse) -> bool:
-        """Whether another answer can follow: this one was read to its end, and nothing came after it."""
-        if response.will_close or not response.isclosed():
-            return False
-        if response.headers.get("Transfer-Encoding") and response.headers.get("Content-Length"):
-            return False  # the two may disagree about where the answer ends
-        self.wire.end()
-        return not self._channel.buffer.peek(1)
+        # Neither has a character that would end the line: `parse_url` has seen to it.
+        request = f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\n".encode("ascii")
+        self.wire.send(request + headers + b"\r\n")
+        return read_response(self.wire.receive)
 
     def hang_up(self) -> None:
         """Closes it."""
@@ -245,7 +227,7 @@ def connect(
             sock.settimeout(deadline.left_s(timeout_s))
             # The time limit holds for the handshake as a whole. A trailing dot is no part of a certificate's name.
             sock = context.wrap_socket(sock, server_hostname=target.host.rstrip("."))
-        return Connection(target, address, sock)
+        return Connection(address, sock)
     except BaseException:
         sock.close()
         raise

@@ -4,14 +4,17 @@ Run as ``python -P -m preprocessing.download.decoder FD LIMITS CONFIG``. FD is o
 only link to the nursery. The nursery imports the decoders and decodes one small picture of each format, then only
 forks: a fresh decoder costs milliseconds. On the nursery's socket:
 
-* the parent says ``F`` with the end of a new socket pair: the nursery forks a decoder on it and answers its pid;
+* the parent says ``F`` with the end of a new socket pair and some memory: the nursery forks a decoder, which alone
+  shares both with the parent, and answers its pid;
 * the parent says ``E`` and a pid: the nursery kills that decoder, if it has not died already, and answers how it ended
   (a wait status);
 * the end of file, which the kernel delivers however the parent dies, ends the nursery, and with it every decoder
   (PR_SET_PDEATHSIG).
 
-On a decoder's socket: the length of a file and the file; back come a kind, a length and a body (`ANSWER`). Nothing is
-pickled: what answers has seen a stranger's file, and is not to be trusted with the parent.
+On a decoder's socket: for each file where in the shared memory it stands (`REQUEST`), several ahead if one likes; back
+come in that order a kind, a length and a body (`ANSWER`). A picture replaces its file; what does not fit there follows
+on the socket. Nothing is pickled: what answers has seen a stranger's file, and is not to be trusted with the parent.
+Nor can it do harm with the memory: its size is sealed, and the parent copies what it reads there.
 
 A decoder holds no secret and can do nothing but compute: it has no file open but its socket and cannot open another,
 be it a file or a connection (RLIMIT_NOFILE), writes no file and no core dump, and starts no process. It may take
@@ -24,6 +27,7 @@ import ctypes
 import gc
 import io
 import json
+import mmap
 import os
 import resource
 import select
@@ -40,16 +44,21 @@ from preprocessing.contracts.reasons import Reason
 from preprocessing.download.containers import ImageRefused
 from preprocessing.download.images import NormalizedImage, normalize_image
 
-LENGTH = struct.Struct("<Q")
+REQUEST = struct.Struct("<QQQ")  # offset and length of a file, and how much room there is
 ANSWER = struct.Struct("<BQ")  # kind, length of the body
-PICTURE = struct.Struct("<IIII32s")  # before the picture: width, height, both as they arrived, sha256
+PICTURE = struct.Struct("<IIII32sQ")  # width, height, both as they arrived, sha256, length of the picture
 WORD = struct.Struct("<ci")  # parent to nursery: F or E, and a pid
 STATUS = struct.Struct("<q")  # nursery to parent: a pid, or a wait status
 KIND_PICTURE, KIND_REFUSED, KIND_LAST = 1, 2, 3  # LAST: refused, and I end now
 # A refusal's body is the reason, a line feed and the detail.
 UNKNOWN_PID = -1
 MAX_DETAIL_CHARS = 200
+NUM_SLOTS = 8  # of the shared memory: files that wait for their turn
+SLOT_BYTES = 512 << 10
+SHARED_BYTES = NUM_SLOTS * SLOT_BYTES  # or one large file
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 32 << 20  # of freed memory: more than what one picture of 4 megapixels needs
 _PR_SET_PDEATHSIG = 1
 _CHECK_PARENT_S = 1.0
 _DESCRIPTOR = 3  # of a decoder's socket; 0, 1 and 2 are nothing
@@ -67,6 +76,7 @@ def main(link: int, limits: dict[str, float], config: DownloadConfig) -> None:
     cv2.setNumThreads(1)  # threads would not survive the fork
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides, and its end is ours
         signal.signal(number, signal.SIG_IGN)
+    _keep_freed_memory()
     _warm_up(config)
     gc.collect()
     gc.freeze()  # what is shared with the decoders stays shared
@@ -79,14 +89,15 @@ def main(link: int, limits: dict[str, float], config: DownloadConfig) -> None:
         while os.getppid() == parent:
             if not poll.poll(_CHECK_PARENT_S * 1000):
                 continue
-            word, descriptors, _, _ = socket.recv_fds(channel, WORD.size, 1)
+            word, descriptors, _, _ = socket.recv_fds(channel, WORD.size, 2)
             if len(word) < WORD.size:
                 return
             command, pid = WORD.unpack(word)
             if command == b"F":
-                answer = _fork(descriptors[0], limits, config)
+                answer = _fork(descriptors[0], descriptors[1], limits, config)
                 children.add(answer)
-                os.close(descriptors[0])
+                for descriptor in descriptors:
+                    os.close(descriptor)
             else:
                 answer = _end(pid) if pid in children else UNKNOWN_PID
                 children.discard(pid)
@@ -104,7 +115,15 @@ def _warm_up(config: DownloadConfig) -> None:
                 normalize_image(data, config)
 
 
-def _fork(descriptor: int, limits: dict[str, float], config: DownloadConfig) -> int:
+def _keep_freed_memory() -> None:
+    """Tells the C library to keep what is freed: having it anew from the system costs a quarter of a large picture."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
+
+
+def _fork(link: int, memory: int, limits: dict[str, float], config: DownloadConfig) -> int:
     nursery = os.getpid()
     child = os.fork()
     if child:
@@ -115,10 +134,12 @@ def _fork(descriptor: int, limits: dict[str, float], config: DownloadConfig) -> 
             null = os.open(os.devnull, os.O_RDWR)
             for standard in (0, 1, 2):
                 os.dup2(null, standard)
-            os.dup2(descriptor, _DESCRIPTOR)
-            os.closerange(_DESCRIPTOR + 1, os.sysconf("SC_OPEN_MAX"))  # the nursery's own socket among them
+            shared = mmap.mmap(memory, SHARED_BYTES)
+            os.dup2(link, _DESCRIPTOR)
+            # The nursery's own socket among them, and the memory's file: without it nobody can change its size.
+            os.closerange(_DESCRIPTOR + 1, os.sysconf("SC_OPEN_MAX"))
             _limit(limits)
-            _serve(socket.socket(fileno=_DESCRIPTOR), limits, config)
+            _serve(socket.socket(fileno=_DESCRIPTOR), shared, limits, config)
     finally:
         os._exit(0)  # never back into the nursery's code
 
@@ -137,24 +158,29 @@ def _limit(limits: dict[str, float]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _serve(link: socket.socket, limits: dict[str, float], config: DownloadConfig) -> None:
+def _serve(link: socket.socket, shared: mmap.mmap, limits: dict[str, float], config: DownloadConfig) -> None:
     """Decode one file after the other, until the parent hangs up."""
     while True:
-        head = _receive(link, LENGTH.size)
+        head = _receive(link, REQUEST.size)
         if head is None:
             return
-        data = _receive(link, LENGTH.unpack(head)[0])
+        offset, length, room = REQUEST.unpack(head)
+        data = shared[offset : offset + length] if length <= room else _receive(link, length)
         if data is None:
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         soonest = used.ru_utime + used.ru_stime + limits["cpu_s"]
         # SIGXCPU is deadly; the kernel counts whole seconds.
         resource.setrlimit(resource.RLIMIT_CPU, (max(1, round(soonest + 0.5)), resource.RLIM_INFINITY))
-        kind, body = _answer(data, limits, config)
-        link.sendall(b"".join((ANSWER.pack(kind, len(body)), body)))
+        kind, body, picture = _answer(data, limits, config)
+        if len(picture) <= room:
+            shared[offset : offset + len(picture)] = picture
+        else:
+            body += picture
+        link.sendall(ANSWER.pack(kind, len(body)) + body)
         if kind == KIND_LAST:
             return
-        del data, body  # not kept while we wait
+        del data, body, picture  # not kept while we wait
 
 
 def _receive(link: socket.socket, num_bytes: int) -> bytes | None:
@@ -168,22 +194,23 @@ def _receive(link: socket.socket, num_bytes: int) -> bytes | None:
     return bytes(buffer)
 
 
-def _answer(data: bytes, limits: dict[str, float], config: DownloadConfig) -> tuple[int, bytes]:
-    """Kind and body; after a failure that nobody foresaw this process is not used again."""
+def _answer(data: bytes, limits: dict[str, float], config: DownloadConfig) -> tuple[int, bytes, bytes]:
+    """Kind, body and picture; after a failure that nobody foresaw this process is not used again."""
     try:
-        return KIND_PICTURE, _packed(normalize_image(data, config))
+        picture = normalize_image(data, config)
+        return KIND_PICTURE, _packed(picture), picture.image
     except ImageRefused as refused:
-        return KIND_REFUSED, _refusal(refused.reason, refused.detail)
+        return KIND_REFUSED, _refusal(refused.reason, refused.detail), b""
     except MemoryError:
         detail = f"needed over {int(limits['memory_bytes']) // 1_000_000:,} MB of memory"
-        return KIND_LAST, _refusal(Reason.DECODE_OUT_OF_MEMORY, detail)
+        return KIND_LAST, _refusal(Reason.DECODE_OUT_OF_MEMORY, detail), b""
     except Exception as error:  # one strange picture must not end the stage
-        return KIND_LAST, _refusal(Reason.IMAGE_BROKEN, f"{type(error).__name__}: {error}")
+        return KIND_LAST, _refusal(Reason.IMAGE_BROKEN, f"{type(error).__name__}: {error}"), b""
 
 
 def _packed(picture: NormalizedImage) -> bytes:
     sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
-    return PICTURE.pack(*sizes, bytes.fromhex(picture.sha256)) + picture.image
+    return PICTURE.pack(*sizes, bytes.fromhex(picture.sha256), len(picture.image))
 
 
 def _refusal(reason: Reason, detail: str) -> bytes:

@@ -5,9 +5,13 @@ row, which gets a named reason: ``DECODER_DIED``, ``DECODE_TIMED_OUT`` or ``DECO
 what such a process may do.
 """
 
+import collections
 import contextlib
+import fcntl
+import itertools
 import json
 import logging
+import mmap
 import os
 import queue
 import signal
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
@@ -35,6 +40,8 @@ _NUM_TRIES = 2  # of a picture whose decoder was killed, and of starting the nur
 _PICTURES_A_DECODER = 4096  # then a fresh one: what a C library leaks does not add up
 _SOCKET_BUFFER_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 16
+_ANSWER_BYTES = 4096  # longer than all answers but the pictures that do not fit into the shared memory
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # What a decoder may know of our environment: no secret is among it.
 _INHERITED = frozenset({"PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ"})
 
@@ -111,34 +118,69 @@ class Decoders:
         Raises:
             TransientError: No decoder could be started.
         """
+        return self.normalize_all([data])[0]
+
+    def normalize_all(self, files: Sequence[bytes]) -> list[NormalizedImage | Verdict]:
+        """`normalize` for several files, one after the other: handing them over together costs less.
+
+        Args:
+            files: As they arrived.
+
+        Returns:
+            Of each, in order, the picture, or a drop reason with its detail.
+
+        Raises:
+            TransientError: No decoder could be started.
+        """
         if self._is_closed:
             raise RuntimeError("these Decoders are closed")
         worker = self._idle.get()
+        results: list[NormalizedImage | Verdict] = []
         try:
-            deadline = time.monotonic() + self._limits.wall_s
-            verdict: NormalizedImage | Verdict = Reason.DECODER_DIED, "was not decoded"
-            for _ in range(_NUM_TRIES):
-                if worker is None:
-                    worker = self._start()
-                try:
-                    return worker.ask(data, deadline)
-                except TimeoutError:
-                    self._end(worker)
-                    worker = None
-                    return Reason.DECODE_TIMED_OUT, f"took over {self._limits.wall_s:g} s"
-                except _DeadError as error:
-                    how = self._end(worker)
-                    worker = None
-                    if how == signal.SIGXCPU.name:
-                        return Reason.DECODE_TIMED_OUT, f"took over {self._limits.cpu_s:g} s of processor time"
-                    verdict = Reason.DECODER_DIED, f"its decoder ended with {how}{error}"
-                    LOGGER.warning("download: a decoder ended with %s%s", how, error)
-            return verdict
+            while len(results) < len(files):
+                given, worker = worker, None  # one that fails is not put back
+                worker = self._ask(given, files[len(results) :], results)
+            return results
         finally:
-            if worker is not None and (worker.is_spent or worker.num_asked >= _PICTURES_A_DECODER):
-                self._end(worker)
-                worker = None
             self._idle.put(worker)
+
+    def _ask(
+        self, worker: "_Decoder | None", files: Sequence[bytes], results: list[NormalizedImage | Verdict]
+    ) -> "_Decoder | None":
+        """Adds what becomes of at least the first of some files; and the decoder, unless it has ended."""
+        deadline = time.monotonic() + self._limits.wall_s
+        num_before = len(results)
+        for attempt in range(1, _NUM_TRIES + 1):
+            if worker is None:
+                worker = self._start()
+            try:
+                for _ in range(worker.ask(files[:1] if attempt > 1 else files, deadline)):
+                    results.append(worker.answer(deadline))
+                    deadline = time.monotonic() + self._limits.wall_s
+                    if worker.is_spent:
+                        break
+            except TimeoutError:
+                self._end(worker)
+                results.append((Reason.DECODE_TIMED_OUT, f"took over {self._limits.wall_s:g} s"))
+                return None
+            except _DeadError as error:
+                how = self._end(worker)
+                worker = None
+                if how == signal.SIGXCPU.name:
+                    detail = f"took over {self._limits.cpu_s:g} s of processor time"
+                    results.append((Reason.DECODE_TIMED_OUT, detail))
+                    return None
+                LOGGER.warning("download: a decoder ended with %s%s", how, error)
+                if len(results) > num_before:
+                    return None  # what it died of is the first of those that are left, and tried again
+                if attempt == _NUM_TRIES:
+                    results.append((Reason.DECODER_DIED, f"its decoder ended with {how}{error}"))
+                continue
+            if worker.is_spent or worker.num_asked >= _PICTURES_A_DECODER:
+                self._end(worker)
+                return None
+            return worker
+        return None
 
     def close(self) -> None:
         """Ends all of them; a file that is still being decoded counts as its decoder's death."""
@@ -228,15 +270,22 @@ class _Nursery:
             OSError: The nursery is dead.
         """
         ours, its = socket.socketpair()
-        with its:
-            try:
-                for end in (ours, its):
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-                socket.send_fds(self._link, [decoder.WORD.pack(b"F", 0)], [its.fileno()])
-                return _Decoder(self._read_status(), ours, self._most)
-            except OSError:
-                ours.close()
-                raise
+        memory = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            for end in (ours, its):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+            os.ftruncate(memory, decoder.SHARED_BYTES)
+            # Memory that the other side cuts off would kill whoever reads it.
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+            shared = mmap.mmap(memory, decoder.SHARED_BYTES)
+            socket.send_fds(self._link, [decoder.WORD.pack(b"F", 0)], [its.fileno(), memory])
+            return _Decoder(self._read_status(), ours, shared, self._most)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            its.close()
+            os.close(memory)
 
     def end(self, pid: int) -> int:
         """Kills a decoder and returns its wait status.
@@ -269,32 +318,84 @@ class _Decoder:
         is_spent: Whether it has ended itself after its answer.
     """
 
-    def __init__(self, pid: int, link: socket.socket, most: int) -> None:
+    def __init__(self, pid: int, link: socket.socket, shared: mmap.mmap, most: int) -> None:
         self.pid = pid
         self.num_asked = 0
         self.is_spent = False
         self._link = link
+        self._shared = shared
         self._most = most
+        self._received = bytearray()
+        self._lengths = collections.deque[int]()  # of the files that are not answered
+        self._offset = self._room = 0  # of the next of them, in the shared memory
 
-    def ask(self, data: bytes, deadline: float) -> NormalizedImage | Verdict:
-        """Hands a file over and waits for what becomes of it.
+    def ask(self, files: Sequence[bytes], deadline: float) -> int:
+        """Hands files over: as many of the first ones as there is room for, at least one.
+
+        Returns:
+            How many; for each of them `answer` is to be called.
+
+        Raises:
+            TimeoutError: They were not taken by the deadline (on the monotonic clock).
+            _DeadError: The decoder is dead.
+        """
+        small = itertools.takewhile(lambda data: len(data) <= decoder.SLOT_BYTES, files[: decoder.NUM_SLOTS])
+        some = list(small) or files[:1]
+        room = decoder.SLOT_BYTES if len(some) > 1 else decoder.SHARED_BYTES
+        self._lengths = collections.deque(len(data) for data in some)
+        self.num_asked += len(some)
+        message: list[bytes] = []
+        try:
+            for slot, data in enumerate(some):
+                offset = slot * decoder.SLOT_BYTES
+                message.append(decoder.REQUEST.pack(offset, len(data), room))
+                if len(data) <= room:
+                    self._shared[offset : offset + len(data)] = data
+                else:
+                    message.append(data)
+            self._link.settimeout(_left_s(deadline))
+            self._link.sendall(b"".join(message))
+        except TimeoutError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed the memory
+            raise _DeadError from error
+        self._offset, self._room = 0, room
+        return len(some)
+
+    def answer(self, deadline: float) -> NormalizedImage | Verdict:
+        """Waits for what becomes of the next of the files.
 
         Raises:
             TimeoutError: There was no answer by the deadline (on the monotonic clock).
             _DeadError: There will be none.
         """
-        self.num_asked += 1
         try:
-            self._send(decoder.LENGTH.pack(len(data)), deadline)
-            self._send(data, deadline)
-            kind, length = decoder.ANSWER.unpack(self._receive(decoder.ANSWER.size, deadline))
-            if length > self._most + len(data):
-                raise _DeadError(f", after it announced {length:,} bytes")
-            return self._read(kind, self._receive(length, deadline))
+            answer = self._read(*self._receive(self._most + self._lengths.popleft(), deadline))
         except TimeoutError:
             raise
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _DeadError from error
+        self._offset += decoder.SLOT_BYTES
+        return answer
+
+    def _receive(self, most: int, deadline: float) -> tuple[int, bytes]:
+        """Kind and body of the next answer."""
+        received, wanted = self._received, decoder.ANSWER.size
+        while True:
+            if len(received) >= decoder.ANSWER.size:
+                kind, length = decoder.ANSWER.unpack_from(received)
+                if length > most:
+                    raise _DeadError(f", after it announced {length:,} bytes")
+                wanted = decoder.ANSWER.size + length
+                if len(received) >= wanted:
+                    body = bytes(received[decoder.ANSWER.size : wanted])
+                    del received[:wanted]
+                    return kind, body
+            self._link.settimeout(_left_s(deadline))
+            piece = self._link.recv(max(_ANSWER_BYTES, wanted - len(received)))
+            if not piece:
+                raise ConnectionResetError
+            received += piece
 
     def _read(self, kind: int, body: bytes) -> NormalizedImage | Verdict:
         try:
@@ -302,32 +403,21 @@ class _Decoder:
                 reason, _, detail = body.decode().partition("\n")
                 self.is_spent = kind == decoder.KIND_LAST
                 return Reason(reason), detail[: decoder.MAX_DETAIL_CHARS]
-            width, height, original_width, original_height, sha256 = decoder.PICTURE.unpack_from(body)
+            width, height, original_width, original_height, sha256, length = decoder.PICTURE.unpack_from(body)
         except (ValueError, decoder.struct.error) as error:
             raise _DeadError(", after an answer that makes no sense") from error
-        image = body[decoder.PICTURE.size :]
+        shared = self._shared[self._offset : self._offset + length] if length <= self._room else b""
+        image = shared or body[decoder.PICTURE.size :]
+        if len(image) != length:
+            raise _DeadError(", after a picture of another length than it announced")
         return NormalizedImage(image, width, height, original_width, original_height, sha256.hex())
 
     def hang_up(self) -> None:
-        """Closes the socket: whoever waits on it wakes, here and there."""
+        """Closes the socket: whoever waits on it wakes, here and there. The memory goes with it."""
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
         self._link.close()
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        self._link.settimeout(_left_s(deadline))
-        self._link.sendall(data)
-
-    def _receive(self, num_bytes: int, deadline: float) -> bytes:
-        buffer = bytearray(num_bytes)
-        view = memoryview(buffer)
-        while view:
-            self._link.settimeout(_left_s(deadline))
-            count = self._link.recv_into(view)
-            if count == 0:
-                raise ConnectionResetError
-            view = view[count:]
-        return bytes(buffer)
+        self._shared.close()
 
 
 def _left_s(deadline: float) -> float:

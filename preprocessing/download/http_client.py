@@ -11,14 +11,13 @@ HTTP: the picture's own end marker decides (`containers`).
 """
 
 import contextlib
-import http.client
 import ipaddress
 import logging
 import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +37,7 @@ from preprocessing.download.connections import (
 from preprocessing.download.opt_out import OptOutMemory, opt_out
 from preprocessing.download.politeness import ByteBudget, HostTurns, NotNowError
 from preprocessing.download.resolver import Resolver
+from preprocessing.download.responses import BadResponseError, CutShortError, Response
 from preprocessing.download.robots import RobotsRules
 
 LOGGER = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class HttpClient:
     ) -> None:
         self._config = config
         self._robot = (config.user_agent_token or DEFAULT_TOKEN).lower()
-        self._headers = (("User-Agent", user_agent(config)), ("Accept", "image/*"), ("Accept-Encoding", "identity"))
+        headers = {"User-Agent": user_agent(config), "Accept": "image/*", "Accept-Encoding": "identity"}
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("ascii")
         self._allowed = tuple(ipaddress.ip_network(network) for network in config.allow_networks)
         self.resolver = resolver or Resolver(config.dns_ttl_s)
         self.opted_out = OptOutMemory() if opted_out is None else opted_out
@@ -119,23 +120,25 @@ class HttpClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def get(self, url: str) -> Iterator[Answer | Verdict]:
-        """Asks for a URL; what came counts against the budget of memory until the block is left.
+    def get(self, url: str) -> "Held":
+        """Asks for a URL.
 
         Args:
             url: As it stands in the metadata.
 
-        Yields:
-            The answer; or why there is none.
+        Returns:
+            A context manager of the answer, or of why there is none; what came counts against the budget of memory
+            until its block is left, in whatever thread.
         """
-        held = _Held(self._memory)
+        held = Held(self._memory)
         try:
-            yield self._get(url, held)
-        finally:
+            held.said = self._get(url, held)
+        except BaseException:
             held.give_back()
+            raise
+        return held
 
-    def _get(self, url: str, held: "_Held") -> Answer | Verdict:
+    def _get(self, url: str, held: "Held") -> Answer | Verdict:
         target = parse_url(url)
         if not isinstance(target, Target):
             return target
@@ -154,7 +157,7 @@ class HttpClient:
             time.sleep(pause_s)
         raise AssertionError("unreachable")
 
-    def _follow(self, target: Target, deadline: Deadline, held: "_Held") -> Answer:
+    def _follow(self, target: Target, deadline: Deadline, held: "Held") -> Answer:
         """Asks, and follows redirects; each is judged as if it were the first URL.
 
         Raises:
@@ -185,7 +188,7 @@ class HttpClient:
 
     def _ask_for_robots(self, origin: Target) -> tuple[int, bytes] | None:
         """A host's robots.txt: status and body; None where it cannot be reached."""
-        held = _Held(self._memory)
+        held = Held(self._memory)
         deadline = Deadline(self._config.deadline_s)
         target = origin
         try:
@@ -201,7 +204,7 @@ class HttpClient:
             held.give_back()
         return None
 
-    def _ask(self, target: Target, deadline: Deadline, held: "_Held", remembered: Sequence[str]) -> Answer | Target:
+    def _ask(self, target: Target, deadline: Deadline, held: "Held", remembered: Sequence[str]) -> Answer | Target:
         """One request, when it is its turn: an answer, or where it sends us.
 
         Raises:
@@ -238,7 +241,7 @@ class HttpClient:
         target: Target,
         addresses: tuple[Address, ...],
         deadline: Deadline,
-        held: "_Held",
+        held: "Held",
         remembered: Sequence[str],
     ) -> Answer | Target:
         try:
@@ -255,12 +258,10 @@ class HttpClient:
             return said
         except OverLimitError as error:
             raise _FailedError(Reason.BAD_RESPONSE, f"an answer of {error}") from error
-        except http.client.IncompleteRead as error:
+        except CutShortError as error:
             raise _FailedError(
                 Reason.IMAGE_TRUNCATED, f"the connection ended early: {error}", is_passing=True
             ) from error
-        except http.client.RemoteDisconnected as error:
-            raise _FailedError(Reason.CONNECTION_FAILED, str(error), is_passing=True) from error
         except TimeoutError as error:
             raise _FailedError(Reason.TIMED_OUT, _said(error, "silent for too long"), is_passing=True) from error
         except ssl.SSLError as error:
@@ -268,18 +269,18 @@ class HttpClient:
             raise _FailedError(Reason.TLS_FAILED, _said(error, "TLS failed"), is_passing=is_passing) from error
         except OSError as error:
             raise _FailedError(Reason.CONNECTION_FAILED, _said(error, "failed"), is_passing=True) from error
-        except (http.client.HTTPException, ValueError) as error:  # a chunk of negative length
-            raise _FailedError(Reason.BAD_RESPONSE, f"no HTTP: {type(error).__name__}: {error}") from error
+        except BadResponseError as error:
+            raise _FailedError(Reason.BAD_RESPONSE, f"no HTTP: {error}") from error
 
     def _request(
         self, target: Target, addresses: tuple[Address, ...], deadline: Deadline
-    ) -> tuple[Connection, http.client.HTTPResponse]:
+    ) -> tuple[Connection, Response]:
         """Sends the request: over a connection that was kept, or else over a new one."""
         connection = self._pool.take(target, addresses)
         if connection is not None:
             try:
                 return connection, self._send(connection, target, deadline)
-            except (ConnectionError, http.client.RemoteDisconnected, ssl.SSLError):
+            except (ConnectionError, ssl.SSLError):
                 connection.hang_up()
                 if connection.wire.num_bytes:
                     raise
@@ -294,15 +295,12 @@ class HttpClient:
             connection.hang_up()
             raise
 
-    def _send(self, connection: Connection, target: Target, deadline: Deadline) -> http.client.HTTPResponse:
+    def _send(self, connection: Connection, target: Target, deadline: Deadline) -> Response:
         config = self._config
         connection.wire.begin(deadline, config.timeout_s, config.min_rate_bytes_per_s, config.max_header_bytes)
         response = connection.ask(target, self._headers)
-        num_bytes = sum(len(name) + len(value) + 4 for name, value in response.headers.items())
-        if num_bytes > config.max_header_bytes:
-            raise OverLimitError(f"{num_bytes:,} bytes of headers")
-        if len(set(response.headers.get_all("Content-Length", ()))) > 1:
-            raise http.client.HTTPException("more than one Content-Length")
+        if response.headers.num_bytes > config.max_header_bytes:
+            raise OverLimitError(f"{response.headers.num_bytes:,} bytes of headers")
         return response
 
     def _connect(self, target: Target, addresses: tuple[Address, ...], deadline: Deadline) -> Connection:
@@ -326,9 +324,9 @@ class HttpClient:
         self,
         target: Target,
         connection: Connection,
-        response: http.client.HTTPResponse,
+        response: Response,
         deadline: Deadline,
-        held: "_Held",
+        held: "Held",
         remembered: Sequence[str],
     ) -> Answer | Target:
         refusal = opt_out(response.headers, self._robot) if remembered else None
@@ -348,7 +346,7 @@ class HttpClient:
         self._refuse_status(target, response)
         raise AssertionError("unreachable")
 
-    def _refuse_status(self, target: Target, response: http.client.HTTPResponse) -> None:
+    def _refuse_status(self, target: Target, response: Response) -> None:
         status = response.status
         detail = f"HTTP {status} {response.reason}".rstrip()
         if status in (429, 503):
@@ -363,9 +361,7 @@ class HttpClient:
             raise _FailedError(Reason.HTTP_SERVER_ERROR, detail, is_passing=status in (500, 502, 503, 504))
         raise _FailedError(Reason.BAD_RESPONSE, detail)
 
-    def _body(
-        self, connection: Connection, response: http.client.HTTPResponse, deadline: Deadline, held: "_Held"
-    ) -> bytes:
+    def _body(self, connection: Connection, response: Response, deadline: Deadline, held: "Held") -> bytes:
         limit = self._config.max_body_bytes
         declared = response.length
         if declared is not None and declared > limit:
@@ -378,7 +374,7 @@ class HttpClient:
             wanted = _PIECE_BYTES if declared is None else min(_PIECE_BYTES, declared - num_bytes)
             self._hold(held, wanted, deadline)
             # The wire lets no more through than what was set aside, whatever chunk lengths are claimed.
-            connection.wire.allow(2 * wanted if response.chunked else wanted)
+            connection.wire.allow(2 * wanted if response.is_chunked else wanted)
             piece = response.read(wanted)
             num_bytes += len(piece)
             pieces.append(piece)
@@ -386,45 +382,59 @@ class HttpClient:
                 raise _FailedError(Reason.BODY_TOO_LARGE, f"over download.max_body_bytes = {limit:,}")
             if len(piece) < wanted:
                 break
-        if declared is not None and num_bytes < declared:
-            raise _FailedError(Reason.IMAGE_TRUNCATED, f"{num_bytes:,} of {declared:,} bytes came", is_passing=True)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _hold(self, held: "_Held", num_bytes: int, deadline: Deadline) -> None:
+    def _hold(self, held: "Held", num_bytes: int, deadline: Deadline) -> None:
         if not held.take(num_bytes, deadline.left_s(self._config.deadline_s)):
             raise _FailedError(
                 Reason.TIMED_OUT, "no memory came free in time (download.max_bodies_bytes)", is_passing=True
             )
 
-    def _discard(self, connection: Connection, response: http.client.HTTPResponse) -> None:
+    def _discard(self, connection: Connection, response: Response) -> None:
         """Reads a short page that nobody wants, so that the connection can be kept; if it can't be read, so be it."""
         if response.length is None or response.length > _MAX_DISCARDED_BYTES:
             return
         connection.wire.allow(response.length)
-        with contextlib.suppress(OSError, OverLimitError, http.client.HTTPException):
+        with contextlib.suppress(OSError, OverLimitError, CutShortError, BadResponseError):
             response.read(response.length)
 
-    def _keep(self, target: Target, connection: Connection, response: http.client.HTTPResponse) -> None:
-        if connection.can_be_kept(response):
+    def _keep(self, target: Target, connection: Connection, response: Response) -> None:
+        if response.can_be_kept:
             self._pool.put(target, connection)
         else:
             connection.hang_up()
 
 
-class _Held:
-    """What one picture has of the budget of memory."""
+class Held:
+    """An answer, and what it has of the budget of memory until the block is left; enter it in one thread at a time.
+
+    Attributes:
+        said: The answer; or why there is none.
+
+    Args:
+        budget: Of all answers.
+    """
 
     def __init__(self, budget: ByteBudget) -> None:
+        self.said: Answer | Verdict = Reason.DOWNLOAD_FAILED, "it was not asked for"
         self._budget = budget
         self._num_bytes = 0
 
+    def __enter__(self) -> Answer | Verdict:
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
     def take(self, num_bytes: int, timeout_s: float) -> bool:
+        """Takes more of it; False where none came free in time."""
         if not self._budget.take(num_bytes, timeout_s):
             return False
         self._num_bytes += num_bytes
         return True
 
     def give_back(self) -> None:
+        """Gives back what was taken."""
         if self._num_bytes:
             self._budget.give_back(self._num_bytes)
             self._num_bytes = 0
@@ -440,11 +450,11 @@ def user_agent(config: DownloadConfig) -> str:
     return f"{config.user_agent_token or DEFAULT_TOKEN}/{release} (collects pictures for model training{contact})"
 
 
-def _redirected(target: Target, location: str | None) -> Target:
-    if location is None:
+def _redirected(target: Target, location: str) -> Target:
+    if not location:
         raise _FailedError(Reason.BAD_RESPONSE, "a redirect to nowhere")
     with contextlib.suppress(UnicodeError):
-        location = location.encode("latin-1").decode()  # http.client reads headers as latin-1
+        location = location.encode("latin-1").decode()  # headers are read as latin-1
     try:
         found = parse_url(urljoin(target.url, location.strip(" ")))
     except ValueError as error:
@@ -454,11 +464,8 @@ def _redirected(target: Target, location: str | None) -> Target:
     return found
 
 
-def _retry_after_s(value: str | None) -> float | None:
+def _retry_after_s(value: str) -> float | None:
     """Seconds from now; a date counts as what is left until then; what cannot be read counts as nothing."""
-    if value is None:
-        return None
-    value = value.strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:

@@ -27,6 +27,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -179,7 +180,7 @@ def _kept(container: Container, target: tuple[int, int]) -> bytes | None:
     if not is_fit or container.jpeg is None or not container.jpeg.is_plain:
         return None
     # Damage shows while coefficients are read; what is made of them does not matter here, so make little.
-    return None if _decode_jpeg(container, _JPEG_PROOF_SCALE) is None else container.pixels
+    return None if _decode_jpeg(container, _JPEG_PROOF_SCALE, "GRAY") is None else container.pixels
 
 
 def _decode(container: Container, target: tuple[int, int]) -> Pixels:
@@ -194,11 +195,11 @@ def _decode(container: Container, target: tuple[int, int]) -> Pixels:
     return _reduce(pixels, *target, scale, container)
 
 
-def _decode_jpeg(container: Container, scale: int) -> Pixels | None:
+def _decode_jpeg(container: Container, scale: int, colors: Literal["RGB", "GRAY"] = "RGB") -> Pixels | None:
     """Decodes at 1/scale; None where the decoder does not know the kind, or complains of what may be harmless."""
     size = -(-container.height // scale), -(-container.width // scale)
     try:
-        pixels = simplejpeg.decode_jpeg(container.pixels, min_height=size[0], min_width=size[1], strict=True)
+        pixels = simplejpeg.decode_jpeg(container.pixels, colors, min_height=size[0], min_width=size[1], strict=True)
     except ValueError as error:
         said = str(error)
         if "memory" not in said.lower() and not _DAMAGE.search(said):

@@ -18,8 +18,9 @@ import hashlib
 import os
 import re
 import threading
-from email.message import Message
 from pathlib import Path
+
+from preprocessing.download.responses import Headers
 
 REFUSALS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none", "noml"})
 # Directives that take a value after a colon: what is before it is not a robot's name.
@@ -29,7 +30,7 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _YES = re.compile(r'"?\s*1\s*"?(\s*;.*)?', re.DOTALL)
 
 
-def opt_out(headers: Message, robot: str) -> str | None:
+def opt_out(headers: Headers, robot: str) -> str | None:
     """What forbids the use of an answer.
 
     Args:
@@ -39,13 +40,13 @@ def opt_out(headers: Message, robot: str) -> str | None:
     Returns:
         The header and its value, for people; None where nothing forbids it.
     """
-    for value in headers.get_all("X-Robots-Tag", ()):
-        if _robots_tag_refuses(str(value), robot):
+    for value in headers.get_all("X-Robots-Tag"):
+        if _robots_tag_refuses(value, robot):
             return f"X-Robots-Tag: {value}"
-    for value in headers.get_all("TDM-Reservation", ()):
-        if any(_YES.fullmatch(item.strip()) for item in str(value).split(",")):
+    for value in headers.get_all("TDM-Reservation"):
+        if any(_YES.fullmatch(item.strip()) for item in value.split(",")):
             return f"TDM-Reservation: {value}"
-    usage = [str(value) for value in headers.get_all("Content-Usage", ())]
+    usage = headers.get_all("Content-Usage")
     if _usage_refuses(usage):
         return f"Content-Usage: {', '.join(usage)}"
     return None
@@ -107,7 +108,7 @@ class OptOutMemory:
             self._known.update(bytes.fromhex(line.decode()) for line in whole.split())
 
     def __contains__(self, url: str) -> bool:
-        return _key(url) in self._known
+        return bool(self._known) and _key(url) in self._known
 
     def add(self, *urls: str) -> None:
         """Remembers URLs."""

@@ -25,6 +25,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,9 @@ import pyarrow as pa
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.reasons import Reason
 from preprocessing.download.addresses import Verdict
+from preprocessing.download.decoder import NUM_SLOTS
 from preprocessing.download.decoding import Decoders
-from preprocessing.download.http_client import MAX_DETAIL_CHARS, HttpClient
+from preprocessing.download.http_client import MAX_DETAIL_CHARS, Held, HttpClient
 from preprocessing.download.images import NormalizedImage
 from preprocessing.download.img2dataset_parts import CappedCounter, Downloader, compute_key, write_stats
 from preprocessing.download.opt_out import OptOutMemory
@@ -77,8 +79,32 @@ Result = NormalizedImage | Verdict
 Group = tuple[tuple[int, ...], tuple[str, ...]]
 
 
+@dataclass
+class Lane:
+    """A shard's way through a session.
+
+    Attributes:
+        done: Position of a row, and what became of it.
+        is_over: Whether nobody wants what is still under way.
+    """
+
+    done: queue.SimpleQueue[tuple[int, Result]] = field(default_factory=queue.SimpleQueue)
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    lane: Lane
+    position: int
+    url: str
+    expected: Mapping[str, str]
+
+
 class Session:
     """What a process keeps from shard to shard: connections, resolved names, decoders, threads.
+
+    Many threads ask servers. What they get waits in a line, within the client's budget of memory, for as few others as
+    there are decoders: none of many waits for a decoder, and no decoder for the one that is to come next.
 
     Args:
         config: How to fetch.
@@ -89,43 +115,102 @@ class Session:
     def __init__(self, config: DownloadConfig, num_decoders: int, opted_out: Path | None) -> None:
         self.opted_out = OptOutMemory(opted_out)
         self.client = HttpClient(config, opted_out=self.opted_out)
-        self.threads = concurrent.futures.ThreadPoolExecutor(config.num_threads, thread_name_prefix="fetch")
         self.decoders = Decoders(config, num_decoders).__enter__()
         self._num_done = 0
         self._said_at = time.monotonic()
+        self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[_Row, Held] | None] = queue.SimpleQueue()
+        self._fetchers = [threading.Thread(target=self._fetch, daemon=True) for _ in range(config.num_threads)]
+        self._feeders = [threading.Thread(target=self._decode, daemon=True) for _ in range(num_decoders)]
+        for thread in (*self._fetchers, *self._feeders):
+            thread.start()
 
-    def close(self) -> None:
-        """Ends what it started."""
-        self.threads.shutdown(cancel_futures=True)
-        self.decoders.close()
-        self.client.close()
-
-    def result(self, url: str, expected: Mapping[str, str]) -> Result:
-        """What becomes of one row: the boundary at which any failure turns into that row's drop reason.
+    def put(self, lane: Lane, position: int, url: str, expected: Mapping[str, str]) -> None:
+        """Takes a row in; it comes out of its lane, unless that is over.
 
         Args:
+            lane: The row's.
+            position: In its shard.
             url: As it stands in the metadata.
             expected: Name of a hash function → what the bytes must hash to, in hexadecimal digits.
         """
-        try:
-            with self.client.get(url) as answer:
-                if isinstance(answer, tuple):
-                    return answer
-                mismatch = hash_mismatch(answer.data, expected)
-                return mismatch or self.decoders.normalize(answer.data)
-        except Exception as error:  # one strange row must not end the shard
-            LOGGER.exception("download: a row is refused")
-            return Reason.DOWNLOAD_FAILED, f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARS]
-        finally:
-            self._say_that_we_live()
+        self._rows.put(_Row(lane, position, url, expected))
 
-    def _say_that_we_live(self) -> None:
-        """A line now and then: rows reach a file a hundred at a time, and whoever watches may not wait for so many."""
+    def close(self) -> None:
+        """Ends what it started."""
+        for line, threads in ((self._rows, self._fetchers), (self._answers, self._feeders)):
+            for _ in threads:
+                line.put(None)
+            for thread in threads:
+                thread.join()
+        self.decoders.close()
+        self.client.close()
+
+    def _fetch(self) -> None:
+        while (row := self._rows.get()) is not None:
+            if row.lane.is_over:
+                continue
+            try:
+                held = self.client.get(row.url)
+            except Exception as error:  # one strange row must not end the shard
+                self._end(row, _refused(error))
+                continue
+            if isinstance(held.said, tuple):
+                held.give_back()
+                self._end(row, held.said)
+            else:
+                self._answers.put((row, held))
+
+    def _decode(self) -> None:
+        while (first := self._answers.get()) is not None:
+            waiting = [first]
+            # Together what is there, but not what the other decoders could begin with.
+            for _ in range(min(NUM_SLOTS - 1, self._answers.qsize() // len(self._feeders))):
+                try:
+                    following = self._answers.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    self._answers.put(None)
+                    break
+                waiting.append(following)
+            try:
+                self._decode_all(waiting)
+            finally:
+                for _, held in waiting:
+                    held.give_back()
+            del first, waiting  # not kept while we wait
+
+    def _decode_all(self, waiting: Sequence[tuple[_Row, Held]]) -> None:
+        fit: list[tuple[_Row, bytes]] = []
+        for row, held in waiting:
+            assert not isinstance(held.said, tuple)
+            mismatch = hash_mismatch(held.said.data, row.expected)
+            if mismatch is None:
+                fit.append((row, held.said.data))
+            else:
+                self._end(row, mismatch)
+        try:
+            results = self.decoders.normalize_all([data for _, data in fit])
+        except Exception as error:  # strange rows must not end the shard
+            results = [_refused(error)] * len(fit)
+        for (row, _), result in zip(fit, results, strict=True):
+            self._end(row, result)
+
+    def _end(self, row: _Row, result: Result) -> None:
+        row.lane.done.put((row.position, result))
+        # A line now and then: rows reach a file a hundred at a time, and whoever watches may not wait for so many.
         self._num_done += 1  # threads may miss a count: it is no more than a sign of life
         now = time.monotonic()
         if now - self._said_at > _SAY_EVERY_S:
             self._said_at = now
             LOGGER.info("download: process %d has asked for %d rows", os.getpid(), self._num_done)
+
+
+def _refused(error: Exception) -> Verdict:
+    """The boundary at which any failure turns into its row's drop reason."""
+    LOGGER.error("download: a row is refused", exc_info=error)
+    return Reason.DOWNLOAD_FAILED, f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARS]
 
 
 def hash_mismatch(data: bytes, expected: Mapping[str, str]) -> Verdict | None:
@@ -278,25 +363,22 @@ class ShardDownloader(Downloader):
         """Yields rows as they are done; not many more are under way than there are threads."""
         hashes = {name: function for name, function in EXPECTED_HASHES.items() if name in table}
         waiting = iter(enumerate(table["url"]))
-        running: dict[concurrent.futures.Future[Result], int] = {}
-        done: queue.SimpleQueue[concurrent.futures.Future[Result]] = queue.SimpleQueue()
+        lane, num_running = Lane(), 0
         try:
             while True:
-                while len(running) < 2 * self.thread_count and (row := next(waiting, None)) is not None:
+                while num_running < 2 * self.thread_count and (row := next(waiting, None)) is not None:
                     position, url = row
                     expected = {
                         function: value for name, function in hashes.items() if (value := table[name][position])
                     }
-                    future = session.threads.submit(session.result, url or "", expected)
-                    running[future] = position
-                    future.add_done_callback(done.put)
-                if not running:
+                    session.put(lane, position, url or "", expected)
+                    num_running += 1
+                if not num_running:
                     return
-                future = done.get()
-                yield running.pop(future), future.result()
+                yield lane.done.get()
+                num_running -= 1
         finally:
-            for future in running:
-                future.cancel()
+            lane.is_over = True
 
     def _meta(self, index: int, position: int, row: dict[str, Any], result: Result) -> dict[str, Any]:
         digits = math.ceil(math.log10(max(2, self.number_sample_per_shard)))

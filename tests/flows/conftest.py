@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import model.tiny
 import pytest
+
+import model.tiny
 
 TINY_WEIGHTS = Path(model.tiny.__file__).with_name("weights")
 

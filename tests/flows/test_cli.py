@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.storage import open_store
+from tests.preprocessing.looked_at import encoded_dataset
+
 _ROOM = Path(__file__).parents[2]
 
 
@@ -173,3 +176,60 @@ def test_names_are_checked_before_anything_runs(tmp_path: Path, with_base: list[
     done = lacuna("show-config", *sets, cwd=tmp_path)
     assert done.returncode == 2
     assert one_error(done).count(key.partition("=")[0]) == 1
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """The key of an encoded dataset in the folder ``store``."""
+    return encoded_dataset(open_store(str(tmp_path / "store")), tmp_path / "rows", num_variants=0, moments=False)[0]
+
+
+def test_a_dataset_is_inspected(tmp_path: Path, dataset: str) -> None:
+    done = lacuna("inspect", dataset, "--root", "store", "--html", "sheet.html", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["stage"], told["num_out"], told["schema"]["image"]) == ("encode", 9, "binary")
+    assert [step["prefix"] for step in told["lineage"]] == [dataset]
+    assert told["columns"][0]["bytes_per_row"] > 0
+    assert "bytes a row" in done.stderr
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert page.count('<article class="row"') == 9
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("datasets/encode/0123456789abcdef",), "is not there"),
+        (("--html", "no/such/folder/sheet.html"), "--html: 'no/such/folder/sheet.html' cannot be written"),
+        (("--html", "sheet.html", "--base", "no/such/base"), "'no/such/base' is not there"),
+        (("--rows", "-1"), "--rows"),
+    ],
+)
+def test_what_cannot_be_inspected_is_exit_code_2(
+    tmp_path: Path, dataset: str, words: tuple[str, ...], message: str
+) -> None:
+    uri = () if words[0].startswith("datasets/") else (dataset,)
+    done = lacuna("inspect", *uri, *words, "--root", "store", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in one_error(done)
+
+
+def test_a_damaged_dataset_is_exit_code_3(tmp_path: Path, dataset: str) -> None:
+    assert lacuna("verify", dataset, "--root", "store", cwd=tmp_path).returncode == 0
+    (tmp_path / "store" / dataset / "train-00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "store" / dataset / "train-00009.parquet").write_bytes(b"PAR1")
+    done = lacuna("verify", dataset, "--root", "store", "--json", cwd=tmp_path)
+    assert done.returncode == 3
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["exit_code"], [problem["kind"] for problem in told["problems"]]) == (3, ["bad", "foreign"])
+    lines = done.stderr.splitlines()
+    assert sum("train-00000.parquet: has 4 bytes" in line for line in lines) == 1
+    assert sum("train-00009.parquet" in line for line in lines) == 1
+    assert lines[-1].startswith("error: verify: 2 problems")
+
+
+def test_status_shows_what_can_be_inspected(tmp_path: Path, dataset: str) -> None:
+    done = lacuna("status", "--root", "store", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert dataset in done.stdout

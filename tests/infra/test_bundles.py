@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typing_extensions import override
 
 from infra.bundles import (
     MANIFEST_NAME,
     BundleFile,
     commit_bundle,
+    delete_bundle,
     fetch_bundle,
     list_bundles,
     load_bundle,
@@ -22,6 +24,7 @@ from infra.bundles import (
 )
 from infra.errors import ContractError, TransientError
 from infra.storage import ObjectNotFoundError, open_store
+from infra.storage_folder import FolderStore
 
 PREFIX = "runs/demo/checkpoints/step-00000100"
 
@@ -297,3 +300,41 @@ def test_of_racing_writers_one_commits_and_its_files_are_there(any_root: str, tm
     winner = load_bundle(store, "reports/race").run_id.removeprefix("writer-")
     assert verify_bundle(store, "reports/race") == []
     assert store.read("reports/race/007").decode() == f"{winner} wrote 7"
+
+
+def test_a_damaged_manifest_is_known_as_such(tmp_path: Path):
+    """Even where what it says now would make sense."""
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "made"
+    folder.mkdir()
+    (folder / "state.json").write_text("1")
+    commit_bundle(
+        store, PREFIX, folder, kind="report", run_id="demo", step=1, metadata={"psnr": 1.5, "nan": float("nan")}
+    )
+    key = f"{PREFIX}/{MANIFEST_NAME}"
+    data = store.read(key)
+    assert load_bundle(store, PREFIX).checksum is not None
+    for old, new in ((b'"step": 1', b'"step": 3'), (b'"psnr": 1.5', b'"psnr": 1.7'), (b'"demo"', b'"demn"')):
+        assert old in data
+        store.put(key, data.replace(old, new))
+        with pytest.raises(ContractError, match="it is damaged"):
+            load_bundle(store, PREFIX)
+
+
+class _ReaderComesWhileItIsDeleted(FolderStore):
+    @override
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        if key.endswith(MANIFEST_NAME):
+            self.put(f"{PREFIX}/READING-late.json", b'{"expires_at": 1e12}')
+
+
+def test_a_bundle_that_a_reader_came_for_meanwhile_is_given_back(tmp_path: Path):
+    store, folder = _ReaderComesWhileItIsDeleted(tmp_path / "store"), tmp_path / "made"
+    folder.mkdir()
+    (folder / "state.json").write_text("1")
+    commit_bundle(store, PREFIX, folder, kind="checkpoint", run_id="demo", step=1)
+    assert not delete_bundle(store, PREFIX)
+    assert verify_bundle(store, PREFIX) == []
+    store.delete(f"{PREFIX}/READING-late.json")
+    assert delete_bundle(open_store(str(tmp_path / "store")), PREFIX)
+    assert list(store.list(PREFIX)) == []

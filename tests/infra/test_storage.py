@@ -193,6 +193,19 @@ def test_local_path_is_the_file_or_nothing(store: ObjectStore) -> None:
     assert path is None if isinstance(store, S3Store) else path is not None and path.read_bytes() == b"1"
 
 
+def test_folders_are_named_without_what_lies_in_them(store: ObjectStore) -> None:
+    for key in ("top", "a/x", "a/y/z", "b-c/1/2/3", "b/1", "b/2/1"):
+        store.put(key, b"")
+    store.compare_and_swap("a/x", b"1", store.head("a/x").etag)  # a folder store has files of its own now
+    assert store.list_folders() == ["a", "b", "b-c"]
+    assert store.list_folders("b/") == ["2"]
+    assert store.list_folders("a/y/") == []
+    assert store.list_folders("nothing/") == []
+    assert store.list_folders("top/") == []
+    with pytest.raises(ValueError, match="key"):
+        store.list_folders("../")
+
+
 # Conditional writes
 
 

@@ -163,7 +163,8 @@ def start(
     return subprocess.Popen(
         [*argv, config.model_dump_json(), *map(str, disturbance)],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(scratch)},
+        # Compiled modules are not for it to write: where its files cannot grow, Python leaves them cut off, for all.
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

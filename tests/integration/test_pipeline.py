@@ -153,3 +153,18 @@ def test_a_dataset_of_other_encoders_is_refused(demo: dict[str, Any], lacuna: La
     error = lacuna.fail("train", str(demo_root), 2, **{"train.dataset": dataset, "model.base": str(other)})
     assert "VAE weights sha256: the dataset was encoded with" in error
     assert snapshot(demo_root) == before
+
+
+def test_training_on_masks_drawn_online_is_training_on_the_stored_ones(
+    demo: dict[str, Any], lacuna: Lacuna, demo_root: Path
+):
+    """The first steps; beyond as many epochs as there are stored masks each visit meets a fresh one instead."""
+    online = lacuna.run("train", str(demo_root), **{"train.mask_source": "online", "train.num_steps": 2})
+    losses = []
+    for summary in (demo, online):
+        lines = (Path(summary["checkpoint"]).parents[1] / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"].hex() for line in lines[:2]])
+    assert online["checkpoint"] != demo["checkpoint"]
+    assert losses[0] == losses[1]
+    error = lacuna.fail("plan", str(demo_root), 2, **{"train.text_source": "token_ids"})
+    assert "train.text_source: 'token_ids', but the dataset that `encode` is to make stores no token ids" in error

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import random
@@ -22,6 +23,7 @@ from image_corpus import encoded, many_scans, png_bomb, small, textured
 
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.reasons import Reason
+from preprocessing.download.decoder import SHARED_BYTES, SLOT_BYTES
 from preprocessing.download.decoding import Decoders, Limits
 from preprocessing.download.images import NormalizedImage, normalize_image
 
@@ -64,6 +66,18 @@ def test_many_threads_get_their_own_pictures() -> None:
     wait_until_gone(before)
     with pytest.raises(RuntimeError, match="closed"):
         decoders.normalize(b"")
+
+
+def test_files_together_are_as_files_apart() -> None:
+    large = encoded(Image.frombytes("RGB", (500, 500), random.Random(0).randbytes(750_000)), "PNG")
+    assert len(large) > SLOT_BYTES
+    files = [small("JPEG"), large, b"<html>", *[encoded(textured(60 + n, 50, n), "PNG") for n in range(20)], b"", large]
+    with Decoders(CONFIG, 1) as decoders:
+        before = decoders.pids
+        together = decoders.normalize_all(files)
+        assert decoders.pids == before
+        assert together == [decoders.normalize(data) for data in files]
+        assert decoders.normalize_all([]) == []
 
 
 def test_a_decoder_knows_no_secret_and_can_open_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +155,22 @@ def test_a_picture_whose_decoder_dies_is_tried_once_more(number: signal.Signals)
             assert isinstance(decoders.normalize(small("PNG")), NormalizedImage)
 
 
+def test_one_of_several_does_not_take_the_others_with_it() -> None:
+    """The decoder dies of the third of seven whenever it comes to it."""
+    files = [small("PNG")] * 2 + [SLOW] + [small("PNG")] * 4
+    with Decoders(CONFIG, 1, limits=Limits(wall_s=120)) as decoders, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(decoders.normalize_all, files)
+        seen: set[int] = set()
+        while len(seen) < 3 and not answer.done():  # once among others, and the two tries that each picture has
+            for pid in set(decoders.pids) - seen:
+                wait_until_busy(pid)
+                os.kill(pid, signal.SIGKILL)
+                seen.add(pid)
+        results = answer.result(timeout=60)
+    assert [isinstance(result, NormalizedImage) for result in results] == [True, True, False, True, True, True, True]
+    assert results[2] == (Reason.DECODER_DIED, "its decoder ended with SIGKILL")
+
+
 def ticks_of(pid: int) -> int:
     """Processor time so far, in clock ticks."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -158,28 +188,32 @@ def wait_until_busy(pid: int) -> None:
 
 @pytest.mark.parametrize("num_pictures", [200, pytest.param(5_000, marks=pytest.mark.soak)])
 def test_random_kills_lose_no_picture(num_pictures: int) -> None:
-    """A random decoder is killed at random moments, thirty times in two hundred pictures."""
+    """A random decoder is killed at random moments, thirty times in two hundred pictures, one or several at a time."""
     pictures = [encoded(textured(300, 280, seed), "PNG") for seed in range(5)]
     expected = [normalize_image(data, CONFIG) for data in pictures]
     source = random.Random(3)
     num_done = num_kills = 0
     lock = threading.Lock()
 
-    def one(number: int) -> NormalizedImage | tuple[Reason, str]:
+    def some(numbers: range) -> list[NormalizedImage | tuple[Reason, str]]:
         nonlocal num_done, num_kills
-        if source.random() < 0.15:
+        for _ in numbers:
             pids = decoders.pids
-            if pids:
+            if pids and source.random() < 0.15:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(source.choice(pids), signal.SIGKILL)
                     num_kills += 1
-        result = decoders.normalize(pictures[number % 5])
+        found = decoders.normalize_all([pictures[number % 5] for number in numbers])
         with lock:
-            num_done += 1
-        return result
+            num_done += len(found)
+        return found
 
+    starts = [0]
+    while starts[-1] < num_pictures:
+        starts.append(min(num_pictures, starts[-1] + source.choice((1, 1, 1, 5, 12))))
+    together = [range(start, end) for start, end in itertools.pairwise(starts)]
     with Decoders(CONFIG, 2, limits=Limits(wall_s=60)) as decoders, ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(one, range(num_pictures)))
+        results = [result for found in pool.map(some, together) for result in found]
     assert num_kills >= num_pictures // 20
     assert num_done == len(results) == num_pictures
     for number, result in enumerate(results):
@@ -285,3 +319,16 @@ def test_the_answer_is_as_from_the_function_itself() -> None:
     Image.new("RGB", (600, 900), (1, 200, 30)).save(buffer, "JPEG")
     with Decoders(CONFIG, 1) as decoders:
         assert decoders.normalize(buffer.getvalue()) == normalize_image(buffer.getvalue(), CONFIG)
+
+
+def test_what_does_not_fit_into_the_shared_memory_comes_through() -> None:
+    config = DownloadConfig(image_size_px=2000, encode_quality=100)
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (1300, 1300), random.Random(0).randbytes(3 * 1300 * 1300)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    with Decoders(config, 1) as decoders:
+        stored = decoders.normalize(data)
+        assert isinstance(stored, NormalizedImage)
+        assert min(len(data), len(stored.image)) > SHARED_BYTES
+        assert stored == normalize_image(data, config)
+        assert decoders.normalize(small("JPEG")) == normalize_image(small("JPEG"), config)

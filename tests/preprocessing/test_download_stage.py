@@ -251,6 +251,7 @@ def test_a_row_that_the_engine_never_mentions_is_lost_and_counted() -> None:
     assert isinstance(rows, RowsFile)
     assert rows.table.num_rows == 0
     assert rows.table.schema.equals(DOWNLOADED)
+    assert isinstance(output.rejects, pa.Table)
     assert output.rejects.column("reason").to_pylist() == [Reason.LOST_BY_DOWNLOADER] * 2
 
 

@@ -19,71 +19,20 @@ from model.masks import draw_mask, to_latent_mask, unpack_mask
 from model.specs import MaskSpec
 from model.tiny.world import draw, scene_at
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
-from preprocessing.contracts.digests import is_held_out, uid_of
+from preprocessing.contracts.digests import is_held_out
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
-from preprocessing.contracts.schemas import DOWNLOADED
-from preprocessing.encode import EncodeStage, check_gate, encode_rows
+from preprocessing.encode.kernel import encode_rows
+from preprocessing.encode.stage import EncodeStage, check_gate
 from preprocessing.mask_files import read_mask_files
-from preprocessing.stage import RowsFile, ShardOutput, commit_shard, rejects_table, run_stage
+from preprocessing.stage import commit_shard, run_stage
+from tests.preprocessing.pictures import Downloaded, picture_row, picture_table
 
-NO_REJECTS = rejects_table([], [], [], [])
 SIDE_PX = 64
 
 
-def _row(index: int, image: bytes, sha256: str) -> dict[str, object]:
-    scene = scene_at(5, index)
-    url = f"http://pictures.test/{index}.png"
-    uid = uid_of(url, scene.caption)
-    return {
-        "uid": uid,
-        "url": url,
-        "caption": scene.caption,
-        "width": scene.width_px,
-        "height": scene.height_px,
-        "similarity": 0.3,
-        "punsafe": 0.01,
-        "pwatermark": 0.1,
-        "aesthetic": 5.0,
-        "split": "validation" if is_held_out(uid, 0.3) else "train",
-        "image": image,
-        "image_width": scene.width_px,
-        "image_height": scene.height_px,
-        "original_width": scene.width_px,
-        "original_height": scene.height_px,
-        "sha256": sha256,
-    }
-
-
-def _png(index: int) -> bytes:
-    buffer = io.BytesIO()
-    draw(scene_at(5, index)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _table(indices: range) -> pa.Table:
-    return pa.Table.from_pylist([_row(i, _png(i), f"{i:064x}") for i in indices], schema=DOWNLOADED)
-
-
-class _Downloaded:
-    """A download dataset, put into the store without a network."""
-
-    name, version, digest, parents, config = "download", 1, "d" * 64, {"select": "s" * 64}, {}
-
-    def __init__(self, tables: list[pa.Table]):
-        self._tables = tables
-        self.num_shards = len(tables)
-
-    def specs(self) -> dict[str, dict[str, object]]:
-        return {}
-
-    def write_extra_files(self, folder: Path) -> list[Path]:
-        return []
-
-    def outputs(self, indices, scratch):
-        for index in indices:
-            table = self._tables[index]
-            yield ShardOutput(index, table.num_rows, (RowsFile(f"shard-{index:05d}.parquet", table),), NO_REJECTS)
+    return picture_table([picture_row(index) for index in indices])
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +52,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
 
 @pytest.fixture(scope="module")
 def stage(store: ObjectStore, config: EncodeConfig, model: ModelConfig) -> EncodeStage:
-    copy = _row(1, _png(1), f"{1:064x}") | {"uid": "f" * 32, "url": "http://pictures.test/copy.png"}
-    broken = _row(30, b"not a picture", "e" * 64)
-    second = pa.concat_tables([_table(range(10, 20)), pa.Table.from_pylist([copy, broken], schema=DOWNLOADED)])
-    return EncodeStage(store, run_stage(store, _Downloaded([_table(range(10)), second])), config, model)
+    copy = picture_row(1, uid="f" * 32, url="http://pictures.test/copy.png")
+    broken = picture_row(30, image=b"not a picture", sha256="e" * 64)
+    second = pa.concat_tables([_table(range(10, 20)), picture_table([copy, broken])])
+    return EncodeStage(store, run_stage(store, Downloaded([_table(range(10)), second])), config, model)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +140,7 @@ def test_constants_belong_to_the_dataset(store: ObjectStore, stage: EncodeStage,
 
 def test_again_is_the_same_bytes(tmp_path: Path, stage: EncodeStage, manifest: Manifest, store: ObjectStore):
     again = open_store(str(tmp_path))
-    downloaded = run_stage(again, _Downloaded([_table(range(10))]))
+    downloaded = run_stage(again, Downloaded([_table(range(10))]))
     fresh = EncodeStage(
         again,
         downloaded,
@@ -231,7 +180,7 @@ def test_a_row_that_becomes_nan_is_refused(
 
 def test_an_empty_shard_is_an_empty_shard(store: ObjectStore, config: EncodeConfig, model: ModelConfig, tmp_path: Path):
     folder = open_store(str(tmp_path))
-    manifest = run_stage(folder, EncodeStage(folder, run_stage(folder, _Downloaded([_table(range(0))])), config, model))
+    manifest = run_stage(folder, EncodeStage(folder, run_stage(folder, Downloaded([_table(range(0))])), config, model))
     assert (manifest.num_in, manifest.num_out, manifest.files("rows")) == (0, 0, [])
 
 

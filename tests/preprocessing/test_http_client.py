@@ -50,7 +50,7 @@ EXPECTED: dict[str, set[Reason]] = {
     "endless_trailers": BAD,
     "one_endless_chunk": TOO_LARGE,
     "chunk_of_minus_one": BAD,
-    "chunk_size_no_number": CUT,
+    "chunk_size_no_number": BAD,
     "chunks_without_end": CUT,
     "length_of_10_gb": TOO_LARGE,
     "length_of_30_digits": TOO_LARGE,

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.storage import open_store
-from preprocessing.laion import ROWS, find_metadata, read_rows
+from preprocessing.laion import ROWS, PlainReader, Window, find_metadata, open_metadata, read_rows, windows
 
 # The columns of each release, as they are spelled there.
 RELEASES = {
@@ -254,3 +254,65 @@ def test_hashes_are_carried_in_one_form(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = read(tmp_path, path).select("expected_md5", "expected_sha256").rows()
     assert rows == [("ab" * 16, None), (None, "cd" * 32)]
+
+
+def write_plain(path: Path, num_rows: int, row_group_size: int, caption: bytes = b"a caption") -> Path:
+    """Rows with the numbers 0 to n - 1 as widths, punsafe rising from 0 to 1."""
+    numbers = pa.array(range(num_rows), pa.int32())
+    columns: dict[str, pa.Array] = {
+        "url": pa.array([f"http://a.example/{i}" for i in range(num_rows)]),
+        "caption": pa.array([caption] * num_rows, pa.binary()).view(pa.string()),
+        "punsafe": pa.array([i / num_rows for i in range(num_rows)], pa.float32()),
+        **dict.fromkeys(("width", "height"), numbers),
+        **dict.fromkeys(("similarity", "pwatermark", "aesthetic"), pa.array([0.5] * num_rows)),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row_group_size", "max_rows", "limit", "expected"),
+    [
+        (100, 100, 1.0, [(start, 100, False) for start in range(0, 1000, 100)]),
+        (100, 250, 1.0, [(start, 200, False) for start in range(0, 1000, 200)]),  # joined
+        (1000, 400, 1.0, [(0, 333, False), (333, 333, False), (666, 334, False)]),  # divided
+        (100, 250, 0.3, [(0, 200, False), (200, 100, False), (300, 700, True)]),  # nothing is read of most
+    ],
+)
+def test_windows(
+    tmp_path: Path, row_group_size: int, max_rows: int, limit: float, expected: list[tuple[int, int, bool]]
+) -> None:
+    path = write_plain(tmp_path / "a.parquet", 1000, row_group_size)
+    assert list(windows(open_metadata("a", path), limit, max_rows)) == [Window(*window) for window in expected]
+
+
+def test_long_captions_make_windows_smaller(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pq.read_table(write_plain(path, 20_000, 20_000, b"x" * 10_000))
+    pq.write_table(table, path, use_dictionary=False)
+    found = list(windows(open_metadata("a", path), 1.0, 1 << 20))
+    assert sum(window.num_rows for window in found) == 20_000
+    assert max(window.num_rows for window in found) <= 64 * 2**20 / 10_000
+
+
+@pytest.mark.parametrize("missing", [[], ["width", "aesthetic", "pwatermark"]])
+def test_both_ways_to_read_agree(tmp_path: Path, missing: list[str]) -> None:
+    path = write_plain(tmp_path / "a.parquet", 1000, 300)
+    pq.write_table(pq.read_table(path).drop_columns(missing), path, row_group_size=300)
+    file = open_metadata("a", path)
+    assert file.is_plain
+    reader = PlainReader(file, path)
+    for start, num_rows in ((0, 1000), (0, 300), (250, 100), (599, 2), (900, 100)):
+        quick = reader.read(Window(start, num_rows, is_hopeless=False), ROWS)
+        slow = pl.concat(read_rows(file, path, start, start + num_rows))
+        assert quick is not None
+        assert quick.equals(slow)
+        assert quick.schema == slow.schema
+
+
+def test_what_polars_does_not_read_is_left_to_arrow(tmp_path: Path) -> None:
+    path = write_plain(tmp_path / "a.parquet", 10, 5, b"\xff")
+    reader = PlainReader(open_metadata("a", path), path)
+    window = Window(0, 10, is_hopeless=False)
+    assert reader.read(window, ("url", "caption")) is None
+    assert reader.read(window, ("url", "language")) is not None

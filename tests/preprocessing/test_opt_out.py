@@ -1,5 +1,6 @@
 """Opt-outs: every form in which a server may say no, forms that only look like it, and img2dataset beside us."""
 
+import io
 from email.message import Message
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from preprocessing.download.img2dataset_parts import is_disallowed
 from preprocessing.download.opt_out import OptOutMemory, opt_out
+from preprocessing.download.responses import Headers, read_response
 
 ROBOT = "lacuna"
 TAG = "X-Robots-Tag"
@@ -97,15 +99,29 @@ def headers_of(fields: list[tuple[str, str]]) -> Message:
     return message
 
 
+def answered(fields: list[tuple[str, str]]) -> Headers:
+    """As they are read from a server's bytes, between two lines of which one is no header."""
+    lines = [
+        "HTTP/1.1 200 OK",
+        "no header at all",
+        *(f"{name}:{value}" for name, value in fields),
+        "Date: today",
+        "",
+        "",
+    ]
+    received = io.BytesIO("\r\n".join(lines).encode("latin-1"))
+    return read_response(received.read).headers
+
+
 @pytest.mark.parametrize("form", REFUSALS)
 def test_honoured(form: str) -> None:
-    found = opt_out(headers_of(REFUSALS[form]), ROBOT)
+    found = opt_out(answered(REFUSALS[form]), ROBOT)
     assert found is not None
 
 
 @pytest.mark.parametrize("form", HARMLESS)
 def test_not_mistaken(form: str) -> None:
-    assert opt_out(headers_of(HARMLESS[form]), ROBOT) is None
+    assert opt_out(answered(HARMLESS[form]), ROBOT) is None
 
 
 def test_beside_img2dataset() -> None:

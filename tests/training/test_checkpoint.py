@@ -10,7 +10,9 @@ from infra.channels import move_channel, pointer_to
 from infra.errors import ContractError
 from infra.storage import ObjectStore
 from training.checkpoint import DAMAGED_NAME, Checkpoints
+from training.retention import Retention
 from training.runspec import checkpoint_prefix, checkpoints_prefix, export_prefix
+from training.saved_state import TrainingState
 
 RUN = "run"
 
@@ -18,11 +20,18 @@ RUN = "run"
 def _commit(store: ObjectStore, tmp_path: Path, step: int) -> str:
     folder = tmp_path / f"folder-{step}"
     folder.mkdir()
-    (folder / "state.json").write_text(f"{step}")
+    (folder / "state.json").write_text(_state(step))
     (folder / "weights.bin").write_bytes(bytes(range(256)) * 10)
     prefix = checkpoint_prefix(RUN, step)
     commit_bundle(store, prefix, folder, kind="checkpoint", run_id=RUN, step=step)
     return prefix
+
+
+def _state(step: int) -> str:
+    state = TrainingState(
+        step=step, position=0, ema_num_updates=0, world_size=1, run_digest="", dataset_digest="", config={}
+    )
+    return state.model_dump_json()
 
 
 def _damage(store: ObjectStore, key: str) -> None:
@@ -36,7 +45,7 @@ def _damage(store: ObjectStore, key: str) -> None:
 
 @pytest.fixture
 def checkpoints(store: ObjectStore, tmp_path: Path) -> Checkpoints:
-    return Checkpoints(store, RUN, tmp_path / "scratch", keep=2)
+    return Checkpoints(store, RUN, tmp_path / "scratch", Retention(last=2))
 
 
 def test_nothing_there_is_no_error(checkpoints: Checkpoints):
@@ -49,7 +58,7 @@ def test_one_without_manifest_does_not_count(checkpoints: Checkpoints, store: Ob
     store.delete(f"{newest}/{MANIFEST_NAME}")
     folder = checkpoints.fetch_newest()
     assert folder is not None
-    assert (folder / "state.json").read_text() == "100"
+    assert (folder / "state.json").read_text() == _state(100)
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete", "manifest"])
@@ -67,7 +76,7 @@ def test_a_damaged_one_is_passed_over_loudly(
     with caplog.at_level(logging.ERROR):
         folder = checkpoints.fetch_newest()
     assert folder is not None
-    assert (folder / "state.json").read_text() == "100"
+    assert (folder / "state.json").read_text() == _state(100)
     assert "CHECKPOINT DAMAGED" in caplog.text
     # The step can be committed again, and what was there can be looked at.
     assert list_bundles(store, checkpoints_prefix(RUN)) == [checkpoint_prefix(RUN, 100)]

@@ -11,16 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from infra.errors import ContractError
 from infra.storage import ObjectStore
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.manifest import MANIFEST_NAME
 from training import data
+from training.batch import Fields
 from training.compatibility import check_specs
-from training.data import Shard, decode_column, mask_variant, open_dataset, sample_order
+from training.data import mask_variants, open_dataset
+from training.rows import Shard, decode_column
+from training.shard_files import OpenFile, identity_of
 
 MakeDataset = Callable[..., str]
 
@@ -28,6 +29,16 @@ MakeDataset = Callable[..., str]
 def _shard_paths(store: ObjectStore, prefix: str) -> list[Path]:
     paths = [store.local_path(info.key) for info in store.list(f"{prefix}/train-")]
     return [path for path in paths if path is not None]
+
+
+def _shard(path: Path) -> Shard:
+    file = path.open("rb")
+    return Shard(OpenFile(path, file, identity_of(file)))
+
+
+def mask_variant(uid: str, epoch: int, num_variants: int) -> int:
+    """As the loader does it for many at once: the lower half of the uid is the start."""
+    return (epoch + int(uid[16:], 16) % num_variants) % num_variants
 
 
 def _tensor_columns(path: Path) -> dict[str, int]:
@@ -38,11 +49,11 @@ def _tensor_columns(path: Path) -> dict[str, int]:
 def test_every_mapped_value_is_pyarrows(store: ObjectStore, make_dataset: MakeDataset):
     num_compared = 0
     for path in _shard_paths(store, make_dataset(store)):
-        shard = Shard(path)
+        shard = _shard(path)
         table = pq.read_table(path)
         for name, width in _tensor_columns(path).items():
             column = shard.column(name, width)
-            assert isinstance(column.base, np.memmap) or isinstance(column, np.memmap), "not mapped but copied"
+            assert shard.is_mapped(column), "not mapped but copied"
             assert [row.tobytes() for row in column] == table.column(name).to_pylist()
             num_compared += len(column)
     assert num_compared == 37 * 8
@@ -63,7 +74,7 @@ def test_a_file_of_another_layout_is_decoded(
     table = pq.read_table(_shard_paths(store, make_dataset(store))[0])
     path = tmp_path / "other.parquet"
     pq.write_table(table, path, **writer)
-    column = Shard(path).column("moments", _tensor_columns(path)["moments"])
+    column = _shard(path).column("moments", _tensor_columns(path)["moments"])
     assert [row.tobytes() for row in column] == table.column("moments").to_pylist()
 
 
@@ -74,7 +85,7 @@ def test_decode_column_of_a_slice(store: ObjectStore, make_dataset: MakeDataset)
 
 
 def test_a_column_of_another_width_is_refused(store: ObjectStore, make_dataset: MakeDataset):
-    shard = Shard(_shard_paths(store, make_dataset(store))[0])
+    shard = _shard(_shard_paths(store, make_dataset(store))[0])
     with pytest.raises(ContractError, match=r"'moments' holds 256 bytes a row, the dataset's specs say 512"):
         shard.column("moments", 512)
     with pytest.raises(ContractError, match="no column 'mask_7'"):
@@ -82,39 +93,6 @@ def test_a_column_of_another_width_is_refused(store: ObjectStore, make_dataset: 
 
 
 # --------------------------------------------------------------------------------------------------------------- order
-
-
-@given(
-    seed=st.integers(0, 2**31),
-    epoch=st.integers(0, 1000),
-    num_rows=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
-    window=st.integers(1, 200),
-)
-def test_order_is_a_permutation_and_pure(seed: int, epoch: int, num_rows: tuple[int, ...], window: int):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "ROWS_PER_WINDOW", window)
-        order = sample_order.__wrapped__(seed, epoch, "digest", num_rows)
-        again = sample_order.__wrapped__(seed, epoch, "digest", num_rows)
-    assert sorted(order) == list(range(sum(num_rows)))
-    assert (order == again).all()
-
-
-def test_order_depends_on_all_that_it_should():
-    rows = (50, 50)
-    orders = [
-        sample_order(0, 0, "a", rows),
-        sample_order(1, 0, "a", rows),
-        sample_order(0, 1, "a", rows),
-        sample_order(0, 0, "b", rows),
-    ]
-    assert len({order.tobytes() for order in orders}) == 4
-
-
-def test_a_window_touches_few_shards(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data, "ROWS_PER_WINDOW", 20)
-    order = sample_order.__wrapped__(0, 0, "a", (10,) * 50)
-    for start in range(0, 500, 20):
-        assert len(set(order[start : start + 20] // 10)) == 2
 
 
 def _uids(dataset: data.TrainingDataset, num_steps: int, world_size: int) -> list[str]:
@@ -148,6 +126,10 @@ def test_batch_holds_the_rows_that_it_names(store: ObjectStore, make_dataset: Ma
     dataset = open_dataset(store, prefix, tmp_path)
     for step in (0, 6):  # the second reaches into epoch 1
         batch = dataset.batch_at(step, seed=5, global_batch_size=8)
+        assert batch.moments is not None
+        assert batch.masked_moments is not None
+        assert batch.mask is not None
+        assert batch.text_embeddings is not None
         for i, uid in enumerate(batch.uids):
             k = mask_variant(uid, (step * 8 + i) // 37, 3)
             row = rows[uid]
@@ -156,32 +138,11 @@ def test_batch_holds_the_rows_that_it_names(store: ObjectStore, make_dataset: Ma
             assert batch.text_embeddings[i].numpy().tobytes() == row["text_embeddings"]
             bits = np.unpackbits(np.frombuffer(row[f"mask_{k}"], np.uint8))[:16]
             assert batch.mask[i].flatten().tolist() == bits.tolist()
-    assert batch.moments.dtype == torch.float16
-    assert batch.mask.shape == (8, 1, 4, 4)
+        assert batch.moments.dtype == torch.float16
+        assert batch.mask.shape == (8, 1, 4, 4)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
-
-
-def test_a_flipped_bit_is_refused(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
-    prefix = make_dataset(store)
-    path = _shard_paths(store, prefix)[1]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(content)
-    with pytest.raises(ContractError, match=r"train-00001.parquet: sha256 \w+, the manifest says \w+"):
-        open_dataset(store, prefix, tmp_path)
-
-
-def test_a_truncated_file_is_refused_without_reading_it(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
-    prefix = make_dataset(store)
-    path = _shard_paths(store, prefix)[0]
-    content = path.read_bytes()
-    path.chmod(0o644)
-    path.write_bytes(content[:-1])
-    with pytest.raises(ContractError, match=f"{len(content) - 1} bytes, the manifest says {len(content)}"):
-        open_dataset(store, prefix, tmp_path, verify_hashes=False)
 
 
 def test_a_dataset_that_is_not_complete_is_refused(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
@@ -189,20 +150,6 @@ def test_a_dataset_that_is_not_complete_is_refused(store: ObjectStore, make_data
     store.delete(f"{prefix}/{MANIFEST_NAME}")
     with pytest.raises(ContractError, match="not complete"):
         open_dataset(store, prefix, tmp_path)
-
-
-def test_from_s3_through_a_cache_that_heals(s3_root: str, make_dataset: MakeDataset, tmp_path: Path):
-    from infra.storage import open_store
-
-    store = open_store(s3_root)
-    prefix = make_dataset(store)
-    cache = tmp_path / "cache"
-    first = open_dataset(store, prefix, cache).batch_at(0, seed=0, global_batch_size=4)
-    file = next(cache.rglob("*.parquet"))
-    file.write_bytes(b"\0" * file.stat().st_size)
-    again = open_dataset(store, prefix, cache).batch_at(0, seed=0, global_batch_size=4)
-    assert first.uids == again.uids
-    assert torch.equal(first.moments, again.moments)
 
 
 # --------------------------------------------------------------------------------------------------------------- specs
@@ -244,3 +191,90 @@ def test_a_manifest_without_specs_is_refused(store: ObjectStore, make_dataset: M
     store.put(f"{prefix}/{MANIFEST_NAME}", json.dumps(manifest).encode())
     with pytest.raises(ContractError, match="no spec 'latents'"):
         open_dataset(store, prefix, tmp_path)
+
+
+def test_mask_variants_of_many():
+    uids = [f"{value:032x}" for value in (0, 5, 2**64 + 7, 2**128 - 1)]
+    bits = np.frombuffer(bytes.fromhex("".join(uids)), np.uint8).reshape(-1, 16)
+    for epoch in (0, 1, 10):
+        epochs = np.full(len(uids), epoch)
+        assert mask_variants(bits, epochs, 3).tolist() == [mask_variant(uid, epoch, 3) for uid in uids]
+
+
+# -------------------------------------------------------------------------------------------------------------- fields
+
+
+def test_only_what_is_asked_for_is_read(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
+    fields = Fields(mask="none", moments=False)
+    dataset = open_dataset(store, make_dataset(store), tmp_path, fields=fields)
+    batch = dataset.batch_at(0, seed=0, global_batch_size=4)
+    assert batch.text_embeddings is not None
+    assert batch.moments is batch.masked_moments is batch.mask is batch.images is batch.token_ids is None
+    assert batch.epochs == (0,) * 4
+    assert batch.part(1, 3).uids == batch.uids[1:3]
+
+
+def test_columns_that_are_not_there_are_refused(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
+    prefix = make_dataset(store)
+    with pytest.raises(ContractError, match=r"training asks for token_ids, and .* stores image, mask_0, .*encode.text"):
+        open_dataset(store, prefix, tmp_path, fields=Fields(text="token_ids"))
+
+
+# ------------------------------------------------------------------------------------------------------------- mixture
+
+
+def test_datasets_are_mixed_by_weight(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
+    large, small = make_dataset(store, (40, 20), seed=1), make_dataset(store, (8,), seed=2)
+    uids = {
+        prefix: {uid for path in _shard_paths(store, prefix) for uid in _uids_in(path)} for prefix in (large, small)
+    }
+    specs = json.loads(store.read(f"{small}/{MANIFEST_NAME}"))
+    specs["specs"]["masks"]["seed"] = 1  # the fixture gives each seed masks of its own
+    store.put(f"{small}/{MANIFEST_NAME}", json.dumps(specs).encode())
+    dataset = open_dataset(store, {large: 3, small: 1}, tmp_path)
+    assert len(dataset) == 68
+    seen = _uids(dataset, 10_000 // 8, 1)
+    assert _uids(dataset, 40, 4) == seen[:320]
+    of_small = [uid for uid in seen if uid in uids[small]]
+    assert len(of_small) == 2500
+    for start in range(0, 2496, 8):  # each dataset has epochs of its own
+        assert set(of_small[start : start + 8]) == uids[small]
+    batch = dataset.batch_at(100, seed=5, global_batch_size=8)
+    before = Counter(seen[:800])
+    assert batch.epochs == tuple(before[uid] for uid in batch.uids)  # no uid stands twice in this batch
+
+
+def test_datasets_that_do_not_agree_are_refused(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
+    one, two = make_dataset(store, (4,)), make_dataset(store, (4,), latents={"scaling_factor": 0.5})
+    with pytest.raises(ContractError, match=r"latents.scaling_factor is 0.18215 in .*, and 0.5 in "):
+        open_dataset(store, {one: 1, two: 1}, tmp_path)
+
+
+def _uids_in(path: Path) -> list[str]:
+    return pq.read_table(path, columns=["uid"]).column("uid").to_pylist()
+
+
+def test_the_flows_find_a_mixture(store: ObjectStore, make_dataset: MakeDataset, tmp_path: Path):
+    """What the flow tells the trainers is what these open; its digest does not depend on how weights are written."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from flows.config import PipelineConfig
+    from flows.plan import _mixture_of
+    from training.config import TrainConfig
+
+    one, two = make_dataset(store, (9,)), make_dataset(store, (7,))
+    train = {"prediction_type": "epsilon", "mask_source": "cached", "seed": 0, "num_steps": 1}
+
+    def mixture_of(weights: dict[str, float]) -> tuple[dict[str, float], str]:
+        config = SimpleNamespace(train=TrainConfig(**train, micro_batch_size=1, datasets=weights))
+        return _mixture_of(cast(PipelineConfig, config), store)
+
+    weights, digest = mixture_of({store.uri_of(one): 1, store.uri_of(two): 2})
+    assert weights == {one: 1, two: 2}
+    assert open_dataset(store, weights, tmp_path).digest == digest
+    assert mixture_of({two: 4, one: 2})[1] == digest
+    with pytest.raises(ValueError, match="is named twice"):
+        mixture_of({store.uri_of(one): 1, one: 2})
+    with pytest.raises(ValueError, match=r"train.datasets: a beside train.dataset b; leave one of the two out"):
+        TrainConfig(**train, micro_batch_size=1, datasets={"a": 1}, dataset="b")

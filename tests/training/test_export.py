@@ -23,11 +23,11 @@ from validation_fixtures import RUN_ID, demo_rows, write_checkpoint, write_datas
 from infra.bundles import commit_bundle, load_bundle, verify_bundle
 from infra.channels import pull, read_channel
 from infra.errors import ContractError
+from infra.launch import run_module
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.config import ModelConfig
 from training.config import PublishConfig, TrainConfig
 from training.export import export
-from training.launch import run_module
 from training.runspec import validation_prefix
 from training.runspec_validation import ExportSpec
 

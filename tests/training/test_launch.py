@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from infra.errors import ContractError, GateError, TransientError
-from training.launch import run_module
+from infra.launch import run_module
 from training.runspec import checkpoint_prefix, run_id_of, step_of
 
 CHILD = """
 import os, signal, sys, time
 from infra.errors import ContractError, GateError, TransientError
-from training.child import emit, run_as_child
+from infra.child import emit, run_as_child
 
 ERRORS = {error.__name__: error for error in (ContractError, GateError, TransientError, ValueError, KeyError)}
 
@@ -113,6 +113,6 @@ def test_names():
 def test_the_launcher_imports_no_torch():
     import subprocess
 
-    code = "import training.launch, training.child, sys; sys.exit('torch' in sys.modules)"
+    code = "import training.launch, infra.child, sys; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=300)

@@ -99,6 +99,10 @@ def test_loss_is_the_formula(zero_terminal_snr: bool, min_snr_gamma: float | Non
         min_snr_gamma=min_snr_gamma,
     )
     expected, weights = [], []
+    assert batch.moments is not None
+    assert batch.mask is not None
+    assert batch.masked_moments is not None
+    assert batch.text_embeddings is not None
     for i in range(6):
         mean, logvar = batch.moments[i].double().chunk(2)
         x0 = 0.18215 * (mean + (logvar / 2).exp() * draws.posterior_noise[i].double())

@@ -19,12 +19,12 @@ from validation_fixtures import demo_rows, make_spec, with_judge, write_checkpoi
 
 from infra.bundles import verify_bundle
 from infra.errors import ContractError
+from infra.launch import run_module
 from infra.storage import ObjectStore, open_store
 from model.tiny.world import scene_at
 from preprocessing.contracts.config import ModelConfig
 from training.heldout import HeldOutPicture, HeldOutRows
 from training.inpainting import mean_fill, square_around, telea_fill
-from training.launch import run_module
 from training.report import Row, Section, display_text, grid_image, render_html
 from training.runspec_validation import ValidationSpec
 from training.validation import deranged, validate

@@ -1,0 +1,91 @@
+"""One dataset of those that a training reads: its shards in the order of need, and those that are open."""
+
+import functools
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from infra.errors import ContractError
+from preprocessing.contracts.manifest import DatasetFile, Manifest
+from training.order import ROWS_PER_WINDOW, SampleOrder
+from training.rows import Shard
+from training.shard_files import ShardFiles
+
+_NUM_SEEDS_KEPT = 2
+_FRESH_S = 0.05  # before rows are copied; afterwards every file is looked at again
+
+
+class Part:
+    """The training rows of one dataset.
+
+    Args:
+        manifest: Of the dataset.
+        prefix: Key of its folder.
+        files: Where its files are had from.
+        wanted: Columns of fixed width, and their widths.
+
+    Attributes:
+        digest: The dataset's.
+        num_rows: Rows of each shard that has any.
+    """
+
+    def __init__(self, manifest: Manifest, prefix: str, files: ShardFiles, wanted: Sequence[tuple[str, int]]) -> None:
+        self.digest = manifest.digest
+        self._wanted = wanted
+        self._entries = [file for file in manifest.files("rows", split="train") if file.num_rows]
+        self.num_rows = tuple(file.num_rows for file in self._entries)
+        self._prefix, self._files = prefix, files
+        self.order = functools.lru_cache(_NUM_SEEDS_KEPT)(self._make_order)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        shards_a_window = ROWS_PER_WINDOW * len(self.num_rows) // max(1, sum(self.num_rows)) + 1
+        self._max_open = min(2 * shards_a_window + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+    def _make_order(self, seed: int) -> SampleOrder:
+        return SampleOrder(seed, self.digest, self.num_rows)
+
+    def shard(self, index: int) -> Shard:
+        """An open shard, of which the content was verified, and which did not change since.
+
+        Raises:
+            ContractError: Its file is missing or damaged, or is no such file of rows.
+        """
+        with self._lock:
+            shard = self._open.pop(index, None)
+            if shard is not None and shard.is_unchanged(_FRESH_S):
+                self._open[index] = shard
+                return shard
+        entry = self._entries[index]
+        shard = Shard(self._files.open(self._prefix, entry), self._wanted)
+        if shard.num_rows != entry.num_rows:
+            raise ContractError(f"{shard.path}: {shard.num_rows} rows, the manifest says {entry.num_rows}")
+        with self._lock:
+            self._open[index] = shard
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return shard
+
+    def due(self, seed: int, position: int) -> list[DatasetFile]:
+        """The files of the window in which an own position lies, and of the next one: in the order of need."""
+        windows = self.order(seed).windows_from(position)
+        indices = dict.fromkeys(np.concatenate([next(windows), next(windows)]).tolist())
+        return [self._entries[index] for index in indices]
+
+    def needs(self, seed: int, position: int) -> dict[str, int]:
+        """When each file is needed next, as seen from an own position, by its sha256."""
+        needs = self.order(seed).next_needs(position)
+        return {entry.sha256: int(need) for entry, need in zip(self._entries, needs, strict=True)}
+
+    def prepare(self, file: DatasetFile) -> None:
+        """Verifies a file, and fetches it if need be, unless someone is at it."""
+        self._files.prepare(self._prefix, file)
+
+    @property
+    def bytes_at_once(self) -> int:
+        """How many bytes of files two windows can have at most; all of the dataset where that is less."""
+        total = sum(entry.num_bytes for entry in self._entries)
+        largest_row = max(entry.num_bytes / entry.num_rows for entry in self._entries)
+        return min(total, int(2 * largest_row * (ROWS_PER_WINDOW + max(self.num_rows))) + 1)

@@ -1,0 +1,216 @@
+"""One file of training rows: its columns where they lie in the file, without a copy.
+
+Tensors are ``fixed_size_binary``, uncompressed, one page a column chunk, not nullable: so the raw values stand one
+after the other at the chunk's end, and the file need only be mapped into memory. Pictures have no fixed width; each
+stands behind its length. Where a file of the right content has another layout, pyarrow decodes the column into memory.
+"""
+
+import functools
+import logging
+import math
+import mmap
+import time
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import ContractError
+from training.shard_files import OpenFile
+
+LOGGER = logging.getLogger(__name__)
+
+UID_COLUMN = "uid"
+UID_NUM_BYTES = 16
+"""A uid is 128 bits, in files as 32 lower-case hexadecimal digits."""
+
+_MAX_PAGE_HEADER_BYTES = 1 << 12
+
+
+class Shard:
+    """A file of rows.
+
+    Args:
+        opened: The file, of which the content is known to be right.
+        wanted: Columns of fixed width, and their widths, for `addresses`.
+
+    Attributes:
+        num_rows: Rows of the file.
+        addresses: Where in memory the values of each of `wanted` begin, as long as this object lives; 0 for those that
+            `find_columns` was not asked for.
+    """
+
+    def __init__(self, opened: OpenFile, wanted: Sequence[tuple[str, int]] = ()) -> None:
+        self.path = opened.path
+        self._opened = opened
+        weakref.finalize(self, opened.file.close)
+        self._memory = np.frombuffer(mmap.mmap(opened.file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._memory)))
+        self.num_rows: int = self._parquet.metadata.num_rows
+        self._columns: dict[str, np.ndarray] = {}
+        self._wanted = wanted
+        self.addresses = np.zeros(len(wanted), dtype=np.int64)
+        self._seen_s = time.monotonic()
+
+    def is_unchanged(self, within_s: float = 0.0) -> bool:
+        """Whether the file is still the one that was verified; it is not looked at again within so many seconds."""
+        now = time.monotonic()
+        if now - self._seen_s > within_s or not within_s:
+            self._seen_s = now if self._opened.is_unchanged() else -math.inf
+        return self._seen_s > -math.inf
+
+    def find_columns(self, which: np.ndarray) -> None:
+        """Fills in `addresses` for some of the columns, by their places.
+
+        Raises:
+            ContractError: As `column`; or, for the place of the uids, as `uids`.
+        """
+        for place in which.tolist():
+            name, width = self._wanted[place]
+            found = self.uids if name == UID_COLUMN else self.column(name, width)
+            self.addresses[place] = found.ctypes.data
+
+    @functools.cached_property
+    def uids(self) -> np.ndarray:
+        """(num_rows, 16) uint8: the uid of each row, as its 128 bits.
+
+        Raises:
+            ContractError: Some uid is none.
+        """
+        self._check_present("uid")
+        text = "".join(self._parquet.read(["uid"]).column("uid").to_pylist())
+        try:
+            bits = bytes.fromhex(text)
+        except ValueError:
+            bits = b""
+        if len(bits) != UID_NUM_BYTES * self.num_rows or bits.hex() != text:
+            raise ContractError(f"{self.path}: column 'uid' holds other things than 32 hexadecimal digits a row")
+        return np.frombuffer(bits, dtype=np.uint8).reshape(self.num_rows, UID_NUM_BYTES)
+
+    def column(self, name: str, width: int) -> np.ndarray:
+        """The raw values of a column.
+
+        Args:
+            name: Its name.
+            width: Bytes of each value.
+
+        Returns:
+            (num_rows, width) uint8: mapped from the file where its layout allows, else a copy in memory.
+
+        Raises:
+            ContractError: There is no such column, or its values have another width.
+        """
+        found = self._columns.get(name)
+        if found is None:
+            self._check_width(name, width)
+            found = self._map(name, width)
+            if found is None:
+                LOGGER.warning("%s: column %s cannot be mapped and is read into memory", self.path, name)
+                found = decode_column(self._parquet, name, width)
+            self._columns[name] = found
+        return found
+
+    @functools.cached_property
+    def images(self) -> Sequence[np.ndarray]:
+        """The encoded crop of each row: uint8, mapped from the file where its layout allows.
+
+        Raises:
+            ContractError: The rows have none.
+        """
+        self._check_present("image")
+        mapped = self._map_images()
+        if mapped is not None:
+            return mapped
+        LOGGER.warning("%s: column image cannot be mapped and is read into memory", self.path)
+        return [np.frombuffer(value, np.uint8) for value in self._parquet.read(["image"]).column("image").to_pylist()]
+
+    def is_mapped(self, values: np.ndarray) -> bool:
+        """Whether values are the file's own bytes, and no copy."""
+        return np.may_share_memory(values, self._memory)
+
+    def _check_present(self, name: str) -> None:
+        if name not in self._parquet.schema_arrow.names:
+            raise ContractError(f"{self.path}: no column {name!r}, which is asked for; encode the dataset with it")
+
+    def _check_width(self, name: str, width: int) -> None:
+        self._check_present(name)
+        kind = self._parquet.schema_arrow.field(name).type
+        found = kind.byte_width if pa.types.is_fixed_size_binary(kind) else f"{kind}, not a fixed number of"
+        if found != width:
+            raise ContractError(
+                f"{self.path}: column {name!r} holds {found} bytes a row, the dataset's specs say {width}; "
+                "encode it again"
+            )
+
+    def _map(self, name: str, width: int) -> np.ndarray | None:
+        """The values where they lie in the file; None where the arithmetic does not hold."""
+        page = self._only_page(name)
+        if page is None or len(page) != self.num_rows * width:
+            return None
+        mapped = page.reshape(self.num_rows, width)
+        first = next(self._parquet.iter_batches(1, columns=[name])).column(0)[0]
+        return mapped if mapped[0].tobytes() == first.as_py() else None
+
+    def _map_images(self) -> list[np.ndarray] | None:
+        page = self._only_page("image")
+        if page is None:
+            return None
+        values, at = [], 0
+        while at + 4 <= len(page) and len(values) < self.num_rows:
+            end = at + 4 + int.from_bytes(page[at : at + 4].tobytes(), "little")
+            values.append(page[at + 4 : end])
+            at = end
+        return values if at == len(page) and len(values) == self.num_rows else None
+
+    def _only_page(self, name: str) -> np.ndarray | None:
+        """The bytes of the values of a column chunk that is one uncompressed PLAIN page of a required column.
+
+        Footers do not say that there is one page only, hence the look at the first page's own header: if its values are
+        all that the chunk holds beside one header, there is no other page.
+        """
+        metadata = self._parquet.metadata
+        if metadata.num_row_groups != 1 or self.num_rows == 0:
+            return None
+        chunk = metadata.row_group(0).column(self._parquet.schema_arrow.get_field_index(name))
+        column = metadata.schema.column(self._parquet.schema_arrow.get_field_index(name))
+        if chunk.compression != "UNCOMPRESSED" or chunk.path_in_schema != name or chunk.has_dictionary_page:
+            return None
+        if column.max_definition_level or column.max_repetition_level or not set(chunk.encodings) <= {"PLAIN", "RLE"}:
+            return None
+        begin, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+        if not 0 <= begin < end <= len(self._memory):
+            return None
+        num_bytes = _page_num_bytes(self._memory[begin : begin + _MAX_PAGE_HEADER_BYTES].tobytes())
+        if num_bytes is None or not 0 < end - begin - num_bytes <= _MAX_PAGE_HEADER_BYTES:
+            return None
+        return self._memory[end - num_bytes : end]
+
+
+def decode_column(file: pq.ParquetFile, name: str, width: int) -> np.ndarray:
+    """The values of a ``fixed_size_binary`` column as pyarrow decodes them: (num_rows, width) uint8."""
+    values = file.read([name]).column(name).combine_chunks()
+    raw = np.frombuffer(values.buffers()[1], dtype=np.uint8)
+    return raw[values.offset * width : (values.offset + len(values)) * width].reshape(len(values), width)
+
+
+def _page_num_bytes(header: bytes) -> int | None:
+    """The bytes behind a page's header, by its first fields: kind, size, compressed size, in Thrift's compact form.
+
+    Source: apache/parquet-format `parquet.thrift`, `PageHeader`; apache/thrift `thrift-compact-protocol.md`.
+    """
+    numbers, at = [], 0
+    for _ in range(3):
+        if at >= len(header) or header[at] != 0x15:  # the next field, an i32
+            return None
+        at, shift, number = at + 1, 0, 0
+        while at < len(header):
+            byte = header[at]
+            number |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                break
+        numbers.append((number >> 1) ^ -(number & 1))
+    kind, size, compressed_size = numbers
+    return size if kind == 0 and size == compressed_size else None
