@@ -23,10 +23,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from infra.bundles import MANIFEST_NAME, commit_bundle, fetch_bundle, load_bundle, manifest_sha256, verify_bundle
 from infra.channels import ChannelPointer, channel_key, move_channel, pointer_to, read_channel
+from infra.child import emit
 from infra.errors import ContractError, TransientError
 from infra.storage import ObjectNotFoundError, ObjectStore
 from training.checkpoint_upload import Uploader
-from training.child import emit
 from training.ema import Ema
 from training.retention import Retention, delete_old, list_checkpoints
 from training.runspec import checkpoint_prefix, run_prefix, step_of

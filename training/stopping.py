@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from infra.child import emit
 from infra.errors import EXIT_INTERRUPTED, WalltimeError
-from training.child import emit
 
 LOGGER = logging.getLogger(__name__)
 

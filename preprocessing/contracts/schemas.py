@@ -7,8 +7,8 @@
 | encode | ``train-00000.parquet``, ``validation-00000.parquet`` | ``training_rows(…)`` |
 | every | ``rejects-00000.parquet`` | ``REJECTS`` |
 
-File names of ``download`` end in a part of their hash (``shard-00000-0123456789ab.parquet``): its shards cannot be made
-twice alike. The manifest says which files there are.
+File names of ``download`` and ``encode`` end in a part of their hash (``shard-00000-0123456789ab.parquet``): shards of
+the first cannot be made twice alike, those of the second not on another kind of machine. The manifest names the files.
 
 Tensors are non-nullable ``fixed_size_binary``, little-endian, C order; see ``TENSOR_WRITER`` for how they must be
 written.

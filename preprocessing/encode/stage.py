@@ -60,7 +60,7 @@ class _Batch:
 
 
 class EncodeStage:
-    """Download shards in, training shards out: ``train-00000.parquet`` and ``validation-00000.parquet`` a shard.
+    """Download shards in, training shards out: for each ``train-00000-….parquet`` and ``validation-00000-….parquet``.
 
     Of rows whose pictures have the same bytes, the first one is kept: a copy could otherwise stand in both splits.
 
@@ -196,7 +196,9 @@ class EncodeStage:
                 refused += [*batch.copies, *more]
                 if batch.is_last:
                     rows = pa.concat_tables(tables) if tables else with_split(encoders.schema).empty_table()
-                    yield ShardOutput(batch.index, batch.num_in, _split_files(batch.index, rows), rejects_of(refused))
+                    files = _split_files(batch.index, rows)
+                    # Another kind of machine rounds otherwise: names carry the hash, so that none replaces the other's.
+                    yield ShardOutput(batch.index, batch.num_in, files, rejects_of(refused), is_repeatable=False)
                     tables, refused = [], []
 
     def _batches(self, indices: Sequence[int], scratch: Path) -> Iterator[_Batch]:

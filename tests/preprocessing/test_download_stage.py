@@ -25,7 +25,7 @@ from preprocessing.download import fetch
 from preprocessing.download.fetch import REQUESTS, child_environment, fetch_shards
 from preprocessing.download.images import NormalizedImage
 from preprocessing.download.stage import DownloadStage, check_gate, requests_of, shard_output
-from preprocessing.stage import Progress, RowsFile, run_shards, run_stage
+from preprocessing.stage import Progress, RowsFile, WrittenFile, run_shards, run_stage
 from tests.preprocessing.given import Given, rows_of
 
 SEED = 3
@@ -251,7 +251,7 @@ def test_a_row_that_the_engine_never_mentions_is_lost_and_counted() -> None:
     assert isinstance(rows, RowsFile)
     assert rows.table.num_rows == 0
     assert rows.table.schema.equals(DOWNLOADED)
-    assert isinstance(output.rejects, pa.Table)
+    assert not isinstance(output.rejects, WrittenFile)
     assert output.rejects.column("reason").to_pylist() == [Reason.LOST_BY_DOWNLOADER] * 2
 
 

@@ -152,7 +152,7 @@ def _fork_all(order: dict[str, Any]) -> list[int]:
 
 
 def _be_rank(rank: int, order: dict[str, Any]) -> None:
-    from training.child import run_as_child
+    from infra.child import run_as_child
 
     code = 70
     try:

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
+from infra.child import emit
 from infra.errors import TransientError
 from infra.storage import FileEntry, open_store
 from infra.storage_folder import FolderStore
 from model.unet import build_unet
 from training.checkpoint import Checkpoints
 from training.checkpoint_upload import Uploader
-from training.child import emit
 from training.config import TrainConfig
 from training.ema import Ema
 from training.engine import build_engine, find_world, init_distributed
