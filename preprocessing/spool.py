@@ -16,19 +16,23 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file: pa.NativeFile | None = None
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
 
     def add(self, rows: pl.DataFrame) -> None:
         """Appends rows; all have the same columns."""
         table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
-            self._writer = pa.ipc.new_file(pa.OSFile(str(self._path), "wb"), table.schema)
+            self._file = pa.OSFile(str(self._path), "wb")
+            self._writer = pa.ipc.new_file(self._file, table.schema)
         self._writer.write_table(table)
 
     def close(self) -> None:
-        """Ends the adding."""
-        if self._writer is not None:
+        """Ends the adding; thousands of closed ones may wait to be read."""
+        if self._writer is not None and self._file is not None:
             self._writer.close()
+            self._file.close()
+            self._file = None
 
     def parts(self) -> Iterator[pl.DataFrame]:
         """The rows in parts, as they were added, none of them empty; the file is gone afterwards."""

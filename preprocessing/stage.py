@@ -236,6 +236,7 @@ def run_shards(
         for output in stage.outputs(todo, scratch) if todo else ():
             made = commit_shard(store, dataset_prefix(stage.name, stage.digest), output, scratch)
             report = _commit_report(store, stage, made)
+            _delete_unused(store, dataset_prefix(stage.name, stage.digest), made, report)
             reports[report.index] = report
             notify(Progress(stage.name, len(reports), len(indices), report))
     for index in todo:
@@ -357,6 +358,12 @@ def _commit_report(store: ObjectStore, stage: Stage, report: ShardReport) -> Sha
         with contextlib.suppress(ConflictError):  # somebody was quicker: look again
             store.compare_and_swap(key, committed.model_dump_json(indent=1).encode(), etag)
             return report
+
+
+def _delete_unused(store: ObjectStore, prefix: str, made: ShardReport, stands: ShardReport) -> None:
+    """Deletes what we made of a shard and another run's report does not name: its sweep may be over."""
+    for name in {file.name for file in made.files} - {file.name for file in stands.files}:
+        store.delete(f"{prefix}/{name}")
 
 
 def _report_key(prefix: str, index: int) -> str:

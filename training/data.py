@@ -216,6 +216,7 @@ class TrainingDataset:
 
     def due(self, seed: int, position: int) -> dict[str, tuple[Part, DatasetFile]]:
         """The files of these windows and of the next ones, in the order of need, by sha256."""
+        self._now = self._now or (seed, position)  # fetching ahead begins before the first batch does
         owns = self._mixture(seed).before(position)
         due = [(part, file) for part, own in zip(self._parts, owns, strict=True) for file in part.due(seed, int(own))]
         return {file.sha256: (part, file) for part, file in due}
@@ -309,7 +310,7 @@ def open_dataset(
     first = prefixes[0]
     files = shard_files_of(store, cache_dir, cache_bytes, notes)
     columns = Columns(fields, specs[first])
-    parts = [Part(manifests[prefix], prefix, files, columns.widths) for prefix in prefixes]
+    parts = [Part(manifests[prefix], prefix, files, columns.widths, len(prefixes)) for prefix in prefixes]
     constants = _read_constants(store, first, manifests[first], specs[first])
     shares = shares_of([weights[prefix] for prefix in prefixes])
     dataset = TrainingDataset(parts, shares, specs[first], constants, fields, columns)

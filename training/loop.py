@@ -333,6 +333,8 @@ class _Trainer:
         dist.all_gather_object(everywhere, uids)
         bad = [uid for part in everywhere for uid in part]
         shown = ", ".join(bad[:_MAX_UIDS_IN_MESSAGE]) + (" …" if len(bad) > _MAX_UIDS_IN_MESSAGE else "")
+        self.checkpoints.wait()  # a rank that ends takes the others along, and the upload with them
+        self._tell_committed()
         raise GateError(
             f"{what} of step {self.step} is not finite; {len(bad)} samples: {shown}. The last checkpoint is of step "
             f"{max(self.saved_step, 0)}; lower train.learning_rate, or forget the rows if they are at fault"

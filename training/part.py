@@ -26,13 +26,16 @@ class Part:
         prefix: Key of its folder.
         files: Where its files are had from.
         wanted: Columns of fixed width, and their widths.
+        num_parts: Datasets that are open at once, this one included.
 
     Attributes:
         digest: The dataset's.
         num_rows: Rows of each shard that has any.
     """
 
-    def __init__(self, manifest: Manifest, prefix: str, files: ShardFiles, wanted: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self, manifest: Manifest, prefix: str, files: ShardFiles, wanted: Sequence[tuple[str, int]], num_parts: int = 1
+    ) -> None:
         self.digest = manifest.digest
         self._wanted = wanted
         self._entries = [file for file in manifest.files("rows", split="train") if file.num_rows]
@@ -42,7 +45,8 @@ class Part:
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         shards_a_window = ROWS_PER_WINDOW * len(self.num_rows) // max(1, sum(self.num_rows)) + 1
-        self._max_open = min(2 * shards_a_window + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # An open shard holds two files, its own and the map's; half of what we may open is for all others.
+        self._max_open = min(2 * shards_a_window + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // (4 * num_parts))
 
     def _make_order(self, seed: int) -> SampleOrder:
         return SampleOrder(seed, self.digest, self.num_rows)

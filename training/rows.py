@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import mmap
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class Shard:
         self._wanted = wanted
         self.addresses = np.zeros(len(wanted), dtype=np.int64)
         self._seen_s = time.monotonic()
+        self._finding = threading.Lock()
 
     def is_unchanged(self, within_s: float = 0.0) -> bool:
         """Whether the file is still the one that was verified; it is not looked at again within so many seconds."""
@@ -62,15 +64,18 @@ class Shard:
         return self._seen_s > -math.inf
 
     def find_columns(self, which: np.ndarray) -> None:
-        """Fills in `addresses` for some of the columns, by their places.
+        """Fills in `addresses` for some of the columns, by their places. Threads may share a shard.
 
         Raises:
             ContractError: As `column`; or, for the place of the uids, as `uids`.
         """
-        for place in which.tolist():
-            name, width = self._wanted[place]
-            found = self.uids if name == UID_COLUMN else self.column(name, width)
-            self.addresses[place] = found.ctypes.data
+        with self._finding:  # what two threads made of one column at once, only one would keep alive
+            for place in which.tolist():
+                if self.addresses[place]:
+                    continue
+                name, width = self._wanted[place]
+                found = self.uids if name == UID_COLUMN else self.column(name, width)
+                self.addresses[place] = found.ctypes.data
 
     @functools.cached_property
     def uids(self) -> np.ndarray:

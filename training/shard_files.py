@@ -143,6 +143,7 @@ class Notes:
         """Remembers that the file of this identity has this sha256."""
         self._known[sha256] = identity
         if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)  # another run may have taken us for over
             scratch = self._folder / f"{uuid.uuid4().hex}.new"
             scratch.write_text(json.dumps(identity))
             os.replace(scratch, self._folder / sha256)

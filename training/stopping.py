@@ -14,6 +14,7 @@ from infra.errors import EXIT_INTERRUPTED, WalltimeError
 
 LOGGER = logging.getLogger(__name__)
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 _SAME_STOP_S: Final = 0.5
 """A terminal and a launcher may each send their signal for one Ctrl-C: within this time they count as one."""
 
@@ -78,8 +79,7 @@ class Stop:
         """
         ours, theirs = os.pipe()
         os.set_blocking(theirs, False)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, _leave_to_thread) for number in numbers}
+        before = {number: signal.signal(number, _leave_to_thread) for number in _STOPPING}
         fd_before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
         listener = threading.Thread(target=self._listen, args=(ours,), name="signals", daemon=True)
         listener.start()
@@ -96,6 +96,8 @@ class Stop:
     def _listen(self, pipe: int) -> None:
         noted_at = 0.0
         while received := os.read(pipe, 1):
+            if received[0] not in _STOPPING:
+                continue  # whatever Python handles writes here
             name, now = signal.Signals(received[0]).name, time.monotonic()
             if not self.is_signalled:
                 LOGGER.warning("%s: a checkpoint is written, then the run ends; a second signal ends it at once", name)

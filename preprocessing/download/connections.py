@@ -155,6 +155,8 @@ class Wire:
 
     def is_quiet(self) -> bool:
         """Whether the other side has said nothing, not even that it is gone, since the last answer."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return False  # decrypted already, so that the socket itself is silent
         return not self._readable.poll(0)
 
 

@@ -182,7 +182,7 @@ def read_response(receive: Receive) -> Response:
 
     Raises:
         HungUpError: There was nothing.
-        BadResponseError: It is no HTTP/1, has over 100 headers, or two lengths, or no length that can be read.
+        BadResponseError: It is no HTTP/1, has over 100 headers, or two lengths.
         CutShortError: It ends inside its headers.
     """
     received = b""

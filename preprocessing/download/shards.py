@@ -192,10 +192,17 @@ class Session:
                 self._end(row, mismatch)
         try:
             results = self.decoders.normalize_all([data for _, data in fit])
-        except Exception as error:  # strange rows must not end the shard
-            results = [_refused(error)] * len(fit)
+        except Exception:  # strange rows must not end the shard, nor one the others' turn
+            LOGGER.warning("download: %d pictures at once failed; one by one", len(fit), exc_info=True)
+            results = [self._decode_alone(data) for _, data in fit]
         for (row, _), result in zip(fit, results, strict=True):
             self._end(row, result)
+
+    def _decode_alone(self, data: bytes) -> Result:
+        try:
+            return self.decoders.normalize(data)
+        except Exception as error:
+            return _refused(error)
 
     def _end(self, row: _Row, result: Result) -> None:
         row.lane.done.put((row.position, result))
