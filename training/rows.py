@@ -69,7 +69,8 @@ class Shard:
         Raises:
             ContractError: As `column`; or, for the place of the uids, as `uids`.
         """
-        with self._finding:  # what two threads made of one column at once, only one would keep alive
+        # pyarrow's readers are not for two threads at once; and of what both made of a column, one would stay alive.
+        with self._finding:
             for place in which.tolist():
                 if self.addresses[place]:
                     continue
@@ -129,7 +130,9 @@ class Shard:
         if mapped is not None:
             return mapped
         LOGGER.warning("%s: column image cannot be mapped and is read into memory", self.path)
-        return [np.frombuffer(value, np.uint8) for value in self._parquet.read(["image"]).column("image").to_pylist()]
+        with self._finding:
+            values = self._parquet.read(["image"]).column("image").to_pylist()
+        return [np.frombuffer(value, np.uint8) for value in values]
 
     def is_mapped(self, values: np.ndarray) -> bool:
         """Whether values are the file's own bytes, and no copy."""
