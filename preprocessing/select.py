@@ -145,7 +145,7 @@ class SelectStage:
                         shard.rejects.discard()
 
             with read_ahead(decided, _SHARDS_AHEAD) as shards:
-                yield from _in_order(lambda shard: _output(shard, self._config, folder), shards)
+                yield from _in_order(lambda shard: _output(shard, self._config, scratch), shards)
         self._tally = tally
 
     @cached_property
@@ -228,6 +228,7 @@ def _output(shard: ShardRows, config: SelectConfig, folder: Path) -> ShardOutput
         pq.write_table(_as_selected(shard.candidates, config), folder / name, **_WRITER)
         rows = (WrittenFile(name, folder / name, shard.candidates.height),)
     rejects = _NO_REJECTS if shard.rejects is None else _write_rejects(shard, shard.rejects, folder)
+    pa.default_memory_pool().release_unused()  # else what writing took would stay beside what polars takes
     return ShardOutput(shard.index, shard.num_in, rows, rejects, dict(shard.dropped))
 
 
@@ -242,6 +243,7 @@ def _write_rejects(shard: ShardRows, rejects: Spool, folder: Path) -> WrittenFil
                 part = pl.concat([part, lost.head(num_before)]).sort("position")
                 lost = lost.slice(num_before)
             writer.write_table(_as_rejects(part))
+            pa.default_memory_pool().release_unused()
             num_rows += part.height
         if lost.height:
             writer.write_table(_as_rejects(lost))

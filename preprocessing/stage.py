@@ -10,7 +10,9 @@ import contextlib
 import errno
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +49,7 @@ LOGGER = logging.getLogger(__name__)
 
 PARQUET_WRITER: Mapping[str, Any] = {"compression": "zstd"}
 
+_COMMITS_AT_ONCE = 3
 _HASH_CHARS = 12  # of a sha256, where file names carry it
 _DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE})
 
@@ -107,6 +110,11 @@ class ShardOutput:
     dropped: Mapping[str, int] | None = None
     is_repeatable: bool = True
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether its rows wait in scratch, and take no memory."""
+        return all(isinstance(file, WrittenFile) for file in self.rows)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -120,6 +128,8 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+Gate = Callable[[Manifest], None]
+"""Raises `infra.errors.GateError` where a dataset is not good enough."""
 
 
 class Stage(Protocol):
@@ -178,19 +188,24 @@ def rejects_table(
     )
 
 
-def run_stage(store: ObjectStore, stage: Stage, on_progress: ProgressCallback | None = None) -> Manifest:
+def run_stage(
+    store: ObjectStore, stage: Stage, on_progress: ProgressCallback | None = None, gate: Gate | None = None
+) -> Manifest:
     """Makes a dataset complete: only the shards that are not there yet, then the manifest.
 
     Args:
         store: Where datasets stand.
         stage: What to run.
         on_progress: Called after each shard.
+        gate: Asked of the dataset before it is complete. What it refuses keeps its shards and gets no manifest: the
+            next run makes none of them again, and asks its own gate.
 
     Returns:
         The manifest, whether it was there before or not.
 
     Raises:
         TransientError: The outside world failed; what is done is kept, and a retry goes on from there.
+        GateError: The gate refused.
     """
     prefix = dataset_prefix(stage.name, stage.digest)
     done = find_manifest(store, prefix)
@@ -200,8 +215,11 @@ def run_stage(store: ObjectStore, stage: Stage, on_progress: ProgressCallback | 
     with _scratch(stage) as scratch:
         extra = [_put_extra_file(store, prefix, path) for path in stage.write_extra_files(scratch)]
     shards = [reports[index] for index in sorted(reports)]
+    manifest = _manifest_of(store, stage, shards, extra)
+    if gate is not None:
+        gate(manifest)
     _sweep(store, prefix, {file.name for shard in shards for file in shard.files} | {file.name for file in extra})
-    return _commit_manifest(store, prefix, stage, shards, extra)
+    return _commit_manifest(store, prefix, manifest)
 
 
 def run_shards(
@@ -233,10 +251,7 @@ def run_shards(
     notify(Progress(stage.name, len(reports), len(indices), was_done=bool(reports)))
     todo = [index for index in indices if index not in reports]
     with _scratch(stage) as scratch:
-        for output in stage.outputs(todo, scratch) if todo else ():
-            made = commit_shard(store, dataset_prefix(stage.name, stage.digest), output, scratch)
-            report = _commit_report(store, stage, made)
-            _delete_unused(store, dataset_prefix(stage.name, stage.digest), made, report)
+        for report in _committed(store, stage, todo, scratch):
             reports[report.index] = report
             notify(Progress(stage.name, len(reports), len(indices), report))
     for index in todo:
@@ -248,6 +263,27 @@ def run_shards(
     if missing:
         raise RuntimeError(f"{stage.name}: shards {missing[:10]} were not made, and nothing said why")
     return reports
+
+
+def _committed(store: ObjectStore, stage: Stage, indices: Sequence[int], scratch: Path) -> Iterator[ShardReport]:
+    """Makes shards and commits each; those that wait on disk, several at once: a commit mostly waits for a disk."""
+
+    def commit(output: ShardOutput) -> ShardReport:
+        made = commit_shard(store, dataset_prefix(stage.name, stage.digest), output, scratch)
+        report = _commit_report(store, stage, made)
+        _delete_unused(store, dataset_prefix(stage.name, stage.digest), made, report)
+        return report
+
+    waiting: deque[Future[ShardReport]] = deque()
+    with ThreadPoolExecutor(_COMMITS_AT_ONCE, "commit") as pool:
+        for output in stage.outputs(indices, scratch) if indices else ():
+            waiting.append(pool.submit(commit, output))
+            num_ahead = _COMMITS_AT_ONCE if output.is_on_disk else 0
+            del output  # else its rows would stay in memory until the next ones are there
+            while len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextlib.contextmanager
@@ -407,10 +443,10 @@ def _put_extra_file(store: ObjectStore, prefix: str, path: Path) -> DatasetFile:
     return DatasetFile(name=path.name, num_bytes=len(data), sha256=sha256_of_bytes(data), kind="extra")
 
 
-def _commit_manifest(
-    store: ObjectStore, prefix: str, stage: Stage, reports: Sequence[ShardReport], extra: Sequence[DatasetFile]
+def _manifest_of(
+    store: ObjectStore, stage: Stage, reports: Sequence[ShardReport], extra: Sequence[DatasetFile]
 ) -> Manifest:
-    manifest = Manifest(
+    return Manifest(
         stage=stage.name,
         stage_version=stage.version,
         digest=stage.digest,
@@ -423,10 +459,13 @@ def _commit_manifest(
         code_version=code_version(),
         conditional_writes=getattr(store, "conditional_writes", True),
     )
+
+
+def _commit_manifest(store: ObjectStore, prefix: str, manifest: Manifest) -> Manifest:
     try:
         store.put_if_absent(f"{prefix}/{MANIFEST_NAME}", manifest.model_dump_json(indent=1).encode())
     except AlreadyExistsError:
-        LOGGER.info("%s: another run committed %s first; its manifest stands", stage.name, prefix)
+        LOGGER.info("%s: another run committed %s first; its manifest stands", manifest.stage, prefix)
     return load_manifest(store, prefix)
 
 
