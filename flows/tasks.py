@@ -99,7 +99,7 @@ def download(config: PipelineConfig, root: str, selected: str) -> StageSummary:
 
         check_gate(manifest, config.download)
 
-    return _run_data_stage("download", config, root, selected, gate)
+    return _run_data_stage("download", config, root, selected, gate, is_gate_first=True)
 
 
 @task(name="encode", tags={"data", "gpu"}, **_RETRIED)
@@ -236,8 +236,20 @@ def _run_data_stage(
     parent_prefix: str | None,
     gate: Callable[[Manifest], None],
     in_workers: "Callable[[Stage, Callable[[Progress], None]], None] | None" = None,
+    *,
+    is_gate_first: bool = False,
 ) -> StageSummary:
-    """Makes a dataset if it is not there; ``in_workers`` may do it in other processes, or leave it to this one."""
+    """Makes a dataset if it is not there.
+
+    Args:
+        name: Of the stage.
+        config: Of the pipeline.
+        root: Of the store.
+        parent_prefix: Key of the folder of what the stage reads.
+        gate: Asked of the dataset each time, also where it was there.
+        in_workers: May make it in other processes, or leave it to this one.
+        is_gate_first: Whether a dataset that the gate refuses is not complete, so that nothing takes it for done.
+    """
     from preprocessing.stage import run_stage
 
     started = time.monotonic()
@@ -251,7 +263,8 @@ def _run_data_stage(
             tell = _teller(progress)
             if in_workers is not None:
                 in_workers(stage, tell)
-            manifest = run_stage(store, stage, tell)  # finds there what workers made
+            # It finds there what workers made.
+            manifest = run_stage(store, stage, tell, gate if is_gate_first else None)
     else:
         manifest = done
     summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)

@@ -35,7 +35,8 @@ class Reason(StrEnum):
     CONNECTION_FAILED = "connection_failed"
     TLS_FAILED = "tls_failed"  # no handshake, or a certificate that is not that host's
     TIMED_OUT = "timed_out"  # silence, too slow, or too long in all
-    HTTP_CLIENT_ERROR = "http_client_error"  # 4xx
+    HTTP_CLIENT_ERROR = "http_client_error"  # 4xx, but for those of the next line and 429
+    HTTP_NOT_NOW = "http_not_now"  # 408 Request Timeout, 421 Misdirected Request, 423 Locked, 425 Too Early
     HTTP_SERVER_ERROR = "http_server_error"  # 5xx
     RATE_LIMITED = "rate_limited"  # 429, or a pause asked for that is too long
     BAD_RESPONSE = "bad_response"  # not HTTP, over a limit on headers, a content coding that was not asked for

@@ -49,6 +49,9 @@ _MAX_DISCARDED_BYTES = 1 << 14  # a redirect's or an error's page is read to kee
 _MAX_ADDRESSES = 3  # of one host that are tried
 _BACK_OFF_S = 0.5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MISDIRECTED = 421  # to be asked again on another connection
+_NOT_NOW = frozenset({408, _MISDIRECTED, 423, 425})
+"""Refusals of this moment, not of the picture. Source: RFC 9110 §15.5.9 and §15.5.20, RFC 4918 §11.3, RFC 8470 §5.2."""
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "br", "zstd"})
 
 
@@ -198,7 +201,7 @@ class HttpClient:
                     return answer.status, answer.data
                 target = answer
         except _FailedError as failed:
-            if failed.verdict[0] in (Reason.HTTP_CLIENT_ERROR, Reason.OPTED_OUT):
+            if failed.verdict[0] in (Reason.HTTP_CLIENT_ERROR, Reason.HTTP_NOT_NOW, Reason.OPTED_OUT):
                 return 404, b""
         finally:
             held.give_back()
@@ -355,8 +358,10 @@ class HttpClient:
                 self.turns.pause(target.host, pause_s)
             if status == 429:
                 raise _FailedError(Reason.RATE_LIMITED, detail, is_passing=True)
+        if status in _NOT_NOW:
+            raise _FailedError(Reason.HTTP_NOT_NOW, detail, is_passing=True)
         if 400 <= status < 500:
-            raise _FailedError(Reason.HTTP_CLIENT_ERROR, detail, is_passing=status in (408, 425))
+            raise _FailedError(Reason.HTTP_CLIENT_ERROR, detail)
         if 500 <= status < 600:
             raise _FailedError(Reason.HTTP_SERVER_ERROR, detail, is_passing=status in (500, 502, 503, 504))
         raise _FailedError(Reason.BAD_RESPONSE, detail)
@@ -399,7 +404,7 @@ class HttpClient:
             response.read(response.length)
 
     def _keep(self, target: Target, connection: Connection, response: Response) -> None:
-        if response.can_be_kept:
+        if response.can_be_kept and response.status != _MISDIRECTED:
             self._pool.put(target, connection)
         else:
             connection.hang_up()

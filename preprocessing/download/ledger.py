@@ -1,16 +1,18 @@
 """What became of every URL that was asked for and did not come, over all datasets and runs.
 
 Each shard that a run has fetched adds one small Parquet file, ``ledger/download/{dataset}/{shard}-{hash}.parquet``;
-none is ever changed. It is written before the shard is committed: what was asked was asked, whatever becomes of the
-shard. The newest entry of a URL counts, except that a no to training is for ever. A row that came at the first asking
-leaves no trace here: it stands in its dataset.
+none is ever changed, and where a dataset has many, `preprocessing.download.compaction` makes one of them. It is
+written before the shard is committed: what was asked was asked, whatever becomes of the shard. The newest entry of a
+URL counts, except that a no to training is for ever. A row that came at the first asking leaves no trace here: it
+stands in its dataset.
 
 | what became of it | is it asked for again? |
 | --- | --- |
 | opted out | never |
-| gone, refused by the server, no picture, not the bytes that the metadata speaks of | in `permanent_retry_days` |
+| gone or refused by the server (401, 402, 403, 404, 410, 451 and any 4xx that the last line does not name), no | |
+| picture, not the bytes that the metadata speaks of | in `permanent_retry_days` |
 | refused by our limits, or by robots.txt | in `permanent_retry_days`, or at once under another config |
-| anything that may pass: timeouts, DNS, 5xx, 429 | by whatever dataset has it; `due` says when it should be |
+| anything that may pass: timeouts, DNS, 5xx, 408, 421, 423, 425, 429 | by whatever dataset has it; `due` says when |
 
 A dataset that was interrupted is not told what it noted itself, except the opt-outs: so it ends as if it had not been.
 All of what is remembered is held in memory, in about 100 bytes an entry.
@@ -26,8 +28,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import ContractError
-from infra.storage import ObjectStore, sha256_of_bytes
+from infra.errors import ContractError, TransientError
+from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_bytes
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.digests import canonical_json
 from preprocessing.contracts.reasons import Reason
@@ -38,6 +40,7 @@ from preprocessing.uids import url_halves
 LOGGER = logging.getLogger(__name__)
 
 LEDGER_PREFIX = "ledger/download"
+MERGED = "/merged-"  # in the keys of merged parts only
 ARRIVED = "arrived"  # only of what had not come before
 LEDGER = pa.schema(
     [
@@ -53,6 +56,7 @@ LEDGER = pa.schema(
     ]
 )
 _URL = ["url_high", "url_low"]
+_NUM_READS = 5
 
 
 class Memory(StrEnum):
@@ -83,6 +87,7 @@ MEMORY: Mapping[Reason, Memory] = {
     Reason.CONNECTION_FAILED: Memory.PASSING,
     Reason.TLS_FAILED: Memory.PASSING,
     Reason.TIMED_OUT: Memory.PASSING,
+    Reason.HTTP_NOT_NOW: Memory.PASSING,
     Reason.HTTP_SERVER_ERROR: Memory.PASSING,
     Reason.RATE_LIMITED: Memory.PASSING,
     Reason.BAD_RESPONSE: Memory.PASSING,
@@ -220,19 +225,41 @@ def read_entries(store: ObjectStore) -> pl.DataFrame:
 
     Raises:
         ContractError: A part is not of this schema.
+        TransientError: Other runs were always quicker.
     """
-    parts = [pl.DataFrame(schema=pl.from_arrow(LEDGER.empty_table()).schema | {"part": pl.String})]  # pyright: ignore
-    for info in store.list(f"{LEDGER_PREFIX}/"):
-        table = pq.read_table(io.BytesIO(store.read(info.key)))
-        if not table.schema.equals(LEDGER):
-            raise ContractError(
-                f"{store.uri_of(info.key)}: not a part of the ledger (columns {table.column_names}, expected "
-                f"{LEDGER.names}); move it away"
-            )
-        part = pl.from_arrow(table)
-        assert isinstance(part, pl.DataFrame)
-        parts.append(part.with_columns(part=pl.lit(info.key)))
-    return pl.concat(parts)
+    for _ in range(_NUM_READS):
+        parts = [pl.DataFrame(schema=pl.from_arrow(LEDGER.empty_table()).schema | {"part": pl.String})]  # pyright: ignore
+        keys = _keys(store)
+        try:
+            parts += [read_part(store, key).with_columns(part=pl.lit(key)) for key in sorted(keys)]
+        except ObjectNotFoundError:
+            continue  # another run has merged it with others since it was listed
+        # A listing is no moment: what was deleted under it stands in a merged part, which is there by now.
+        if not any(MERGED in key for key in _keys(store) - keys):
+            return pl.concat(parts)
+    raise TransientError(f"{store.uri_of(LEDGER_PREFIX)}: its parts are merged faster than they can be read")
+
+
+def _keys(store: ObjectStore) -> set[str]:
+    return {info.key for info in store.list(f"{LEDGER_PREFIX}/")}
+
+
+def read_part(store: ObjectStore, key: str) -> pl.DataFrame:
+    """The entries of one part, in the ``LEDGER`` schema.
+
+    Raises:
+        ContractError: It is not of this schema.
+        ObjectNotFoundError: It is not there.
+    """
+    table = pq.read_table(io.BytesIO(store.read(key)))
+    if not table.schema.equals(LEDGER):
+        raise ContractError(
+            f"{store.uri_of(key)}: not a part of the ledger (columns {table.column_names}, expected "
+            f"{LEDGER.names}); move it away"
+        )
+    part = pl.from_arrow(table)
+    assert isinstance(part, pl.DataFrame)
+    return part
 
 
 def due(store: ObjectStore, now: datetime | None = None) -> pl.DataFrame:

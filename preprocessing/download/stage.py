@@ -23,6 +23,7 @@ from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import DOWNLOADED, SELECTED
 from preprocessing.download.addresses import Verdict
+from preprocessing.download.compaction import compact
 from preprocessing.download.fetch import REQUESTS, fetch_shards
 from preprocessing.download.images import NormalizedImage
 from preprocessing.download.ledger import Ledger
@@ -30,7 +31,7 @@ from preprocessing.stage import RowsFile, ShardOutput, find_report, rejects_tabl
 
 LOGGER = logging.getLogger(__name__)
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 _SHARDS_A_CHILD = 256  # bounds what waits on the local disk
 _UNREACHABLE = frozenset({Reason.HOST_UNKNOWN, Reason.CONNECTION_FAILED, Reason.TIMED_OUT})
@@ -145,6 +146,10 @@ class DownloadStage:
             num_in = sum(made.output.num_in for made in held)
             dropped = sum((made.outcomes for made in held), Counter())
             raise TransientError(f"{_arrived(0, num_in, dropped)}; nothing of it is kept")
+        try:
+            compact(self._store)
+        except TransientError as error:
+            LOGGER.warning("the ledger's parts are merged another time: %s", error)
 
     def _make(self, indices: Sequence[int], scratch: Path) -> Iterator[_Made]:
         for start in range(0, len(indices), _SHARDS_A_CHILD):
@@ -280,7 +285,10 @@ def check_gate(manifest: Manifest, config: DownloadConfig) -> None:
         raise GateError(said)
     rate = manifest.num_out / manifest.num_in
     if rate < config.min_success_rate:
-        raise GateError(f"{said} ({rate:.3f} is under download.min_success_rate = {config.min_success_rate:g})")
+        raise GateError(
+            f"{said} ({rate:.3f} is under download.min_success_rate = {config.min_success_rate:g}; what arrived is "
+            "kept: with a lower one the same command goes on from here)"
+        )
 
 
 def _arrived(num_out: int, num_in: int, dropped: Mapping[str, int]) -> str:

@@ -324,6 +324,35 @@ def test_the_gate() -> None:
         check_gate(manifest_of(1, {"timed_out": 2}), half)
 
 
+def test_what_the_gate_refuses_is_not_complete_and_is_not_downloaded_again(store: ObjectStore) -> None:
+    def make(least: float, told: list[Progress] | None = None) -> Manifest:
+        config = CONFIG.model_copy(update={"min_success_rate": least})
+        stage = DownloadStage(store, selected, config)
+        return run_stage(store, stage, None if told is None else told.append, lambda found: check_gate(found, config))
+
+    with running_server() as port:
+        site = f"http://127.0.0.1:{port}"
+        good = [f"{site}{picture_path(SEED, index)}" for index in range(3)]
+        selected = run_stage(store, Given([[*good[:2], f"{site}{awkward_path(SEED, 'missing', 50)}"], good[2:]]))
+        with pytest.raises(
+            GateError, match=r"3 of 4 .*0\.750 is under download\.min_success_rate = 0\.9; what arrived is"
+        ):
+            make(0.9)
+    prefix = dataset_prefix("download", DownloadStage(store, selected, CONFIG).digest)
+    before = {info.key: info.etag for info in store.list(f"{prefix}/")}
+    assert f"{prefix}/MANIFEST.json" not in before
+    told: list[Progress] = []
+    with pytest.raises(GateError, match=r"min_success_rate = 0\.8"):
+        make(0.8, told)  # the server is gone: nothing is asked for
+    assert {info.key: info.etag for info in store.list(f"{prefix}/")} == before
+    manifest = make(0.7, told)
+    assert [progress.num_done for progress in told] == [2, 2]  # both shards were done, in both runs
+    assert (manifest.num_in, manifest.num_out) == (4, 3)
+    after = {info.key: info.etag for info in store.list(f"{prefix}/")}
+    assert {key: etag for key, etag in after.items() if key in before} == before
+    assert set(after) - set(before) == {f"{prefix}/MANIFEST.json"}
+
+
 def test_the_childs_environment() -> None:
     given = {
         "PATH": "/bin",

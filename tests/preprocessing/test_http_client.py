@@ -21,6 +21,7 @@ from preprocessing.contracts.reasons import Reason
 from preprocessing.download import connections
 from preprocessing.download.addresses import Address
 from preprocessing.download.http_client import Answer, HttpClient, user_agent
+from preprocessing.download.ledger import MEMORY, Memory
 from preprocessing.download.opt_out import OptOutMemory
 from preprocessing.download.resolver import Resolver
 from tests.preprocessing.hostile_server import BEHAVIOURS, RawServer, certificate, hostile, reply
@@ -280,6 +281,24 @@ def test_retries() -> None:
         assert refused(ask(client, f"{site}/no")) is Reason.OPTED_OUT
         assert refused(ask(client, f"{site}/no")) is Reason.OPTED_OUT
     assert asked == {"/flaky": 3, "/cut": 2, "/gone": 1, "/no": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(status, Reason.HTTP_CLIENT_ERROR) for status in (400, 401, 402, 403, 404, 410, 418, 451)]
+    + [(status, Reason.HTTP_NOT_NOW) for status in (408, 421, 423, 425)]
+    + [(429, Reason.RATE_LIMITED)],
+)
+def test_refusals_of_the_moment_are_told_from_those_of_the_picture(status: int, reason: Reason) -> None:
+    with serving(always(reply(f"{status} No"))) as (server, site):
+        with HttpClient(config_of(retries=1, deadline_s=10)) as client:
+            assert refused(ask(client, f"{site}/a")) is reason
+        is_lasting = reason is Reason.HTTP_CLIENT_ERROR
+        assert len(server.requests) == (1 if is_lasting else 2)
+        if status == 421:
+            assert server.num_connections == 2  # it is the connection that was wrong
+    assert (MEMORY[reason] is Memory.LONG) == is_lasting
+    assert (MEMORY[reason] is Memory.PASSING) != is_lasting
 
 
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Busy", "302 Found"])

@@ -1,0 +1,83 @@
+"""The ledger's many small parts made one for each dataset, so that reading it stays quick.
+
+A part is deleted only when another one is there, was read back, and holds all of its entries. So nothing is lost
+whenever this is killed, whoever adds parts meanwhile, and however many do it at once: at worst an entry stands there
+twice, which counts once, until the next time. The name of a merged part is a hash of its entries and not of its bytes:
+two machines that write the same entries in different bytes make one part, and neither deletes the other's for its own.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from infra.storage import AlreadyExistsError, ObjectNotFoundError, ObjectStore
+from preprocessing.download.ledger import LEDGER, LEDGER_PREFIX, MERGED, read_part
+
+LOGGER = logging.getLogger(__name__)
+
+MAX_PARTS = 64
+"""Of a dataset. Each is one object to list and to read, at the beginning of every run."""
+
+
+def compact(store: ObjectStore, max_parts: int = MAX_PARTS) -> int:
+    """Merges the parts of each dataset that has many.
+
+    Args:
+        store: Where the ledger stands.
+        max_parts: More are many.
+
+    Returns:
+        How many parts were merged and deleted.
+
+    Raises:
+        ContractError: A part is none of the ledger.
+        TransientError: The store failed; nothing is lost.
+    """
+    parts: dict[str, list[str]] = {}
+    for info in store.list(f"{LEDGER_PREFIX}/"):
+        parts.setdefault(info.key.rpartition("/")[0], []).append(info.key)
+    return sum(_merge(store, folder, keys) for folder, keys in parts.items() if len(keys) > max_parts)
+
+
+def _merge(store: ObjectStore, folder: str, keys: list[str]) -> int:
+    try:
+        entries = pl.concat([read_part(store, key) for key in keys]).unique().sort(LEDGER.names)
+        merged = f"{folder}{MERGED}{_digest(entries)[:16]}.parquet"
+        with contextlib.suppress(AlreadyExistsError):
+            store.put_if_absent(merged, _to_bytes(entries))
+        is_there = read_part(store, merged).equals(entries)
+    except ObjectNotFoundError:
+        return 0  # another run is merging them
+    if not is_there:
+        LOGGER.warning("%s: does not hold the entries that its name says; move it away", store.uri_of(merged))
+        return 0
+    old = [key for key in keys if key != merged]
+    for key in old:
+        store.delete(key)
+    LOGGER.info("%s: %d parts of the ledger are one", store.uri_of(merged), len(keys))
+    return len(old)
+
+
+def _digest(entries: pl.DataFrame) -> str:
+    """Of the values alone: the same whatever wrote them, and in what layout."""
+    digest = hashlib.sha256()
+    for name, dtype in entries.schema.items():
+        column = entries[name]
+        if dtype == pl.String:
+            lengths = column.str.len_bytes().to_numpy().astype("<u8")
+            digest.update(lengths.tobytes() + "".join(column.to_list()).encode())
+        else:
+            present = column.is_not_null().to_numpy().astype("u1")
+            values = column.to_physical().fill_null(0).to_numpy()
+            digest.update(present.tobytes() + values.astype("<u8" if dtype == pl.UInt64 else "<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _to_bytes(entries: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(entries.to_arrow().cast(LEDGER), buffer, compression="zstd")
+    return buffer.getvalue()
