@@ -51,6 +51,7 @@ class Checkpoints:
         scratch: A local folder that all ranks share and nobody else uses.
         retention: Which are kept.
         uploader: Commits them.
+        tell_every_s: How often ranks that wait for an upload hear that it goes on.
     """
 
     store: ObjectStore
@@ -58,6 +59,7 @@ class Checkpoints:
     scratch: Path
     retention: Retention = field(default_factory=Retention)
     uploader: Uploader = field(default_factory=Uploader)
+    tell_every_s: float = 20.0
 
     # -------------------------------------------------------------------------------------------------------- saving
 
@@ -99,22 +101,31 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when nothing is on its way any more. All ranks call it.
 
+        Rank 0 tells the others every few seconds that it still waits: an upload may take longer than the process group
+        waits for anything, and a rank that died is noticed all the same.
+
         Raises:
             TransientError: What was on its way could not be committed; on all ranks.
         """
-        problem: list[str | None] = [None]
-        error: BaseException | None = None
-        if _is_first():
-            try:
-                # An event, so that the launcher does not take us for hung.
-                self.uploader.wait(lambda prefix: emit({"event": "uploading", "prefix": prefix}))
-            except BaseException as caught:  # raised below, once the others know
-                error, problem = caught, [str(caught) or type(caught).__name__]
-        dist.broadcast_object_list(problem, src=0)
-        if error is not None:
-            raise error
-        if problem[0] is not None:
-            raise TransientError(f"rank 0 could not commit a checkpoint: {problem[0]}")
+        is_over = False
+        while not is_over:
+            error: BaseException | None = None
+            problem = ""
+            if _is_first():
+                try:
+                    # An event, so that the launcher does not take us for hung.
+                    is_over = self.uploader.wait(
+                        lambda prefix: emit({"event": "uploading", "prefix": prefix}), self.tell_every_s
+                    )
+                except BaseException as caught:  # raised below, once the others know
+                    error, problem = caught, str(caught) or type(caught).__name__
+            said: list[Any] = [is_over, problem]
+            dist.broadcast_object_list(said, src=0)
+            is_over, problem = said
+            if error is not None:
+                raise error
+            if problem:
+                raise TransientError(f"rank 0 could not commit a checkpoint: {problem}")
 
     def take_committed(self) -> list[str]:
         """Keys of the checkpoints that were committed since the last call, on rank 0. Does not wait."""

@@ -1,6 +1,7 @@
 """Committing a checkpoint while training goes on: one at a time, retried, and never failing silently."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -50,11 +51,15 @@ class Uploader:
         self._thread = threading.Thread(target=self._run, args=(name, work), name=f"commit {name}")
         self._thread.start()
 
-    def wait(self, on_wait: Callable[[str], None] = lambda name: None) -> None:
+    def wait(self, on_wait: Callable[[str], None] = lambda name: None, at_most_s: float = math.inf) -> bool:
         """Waits for the work that is under way, if any; says so if it has to.
 
         Args:
             on_wait: Called with the work's name, every few seconds: a sign of life.
+            at_most_s: How long to wait.
+
+        Returns:
+            Whether nothing is under way any more.
 
         Raises:
             TransientError: The work failed, after all attempts. What else it raised is raised here, too.
@@ -63,13 +68,18 @@ class Uploader:
             if self._thread.is_alive():
                 took_s = time.monotonic() - self._began
                 LOGGER.info("waiting for the upload of %s, which began %.1f s ago", self._name, took_s)
+            deadline = time.monotonic() + at_most_s
             while self._thread.is_alive():
-                self._thread.join(_SIGN_OF_LIFE_S)
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._thread.join(min(_SIGN_OF_LIFE_S, left_s))
                 on_wait(self._name)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        return True
 
     def take_done(self) -> list[str]:
         """Names of what was done since the last call, in order. Does not wait."""

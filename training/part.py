@@ -4,7 +4,7 @@ import functools
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from training.shard_files import ShardFiles
 
 _NUM_SEEDS_KEPT = 2
 _FRESH_S = 0.05  # before rows are copied; afterwards every file is looked at again
+_NUM_WINDOWS_AT_ONCE = 3
+"""Of a cache: the one that slower ranks and threads still draw from, the one after it, which faster ones draw from, and
+the one that these fetch ahead."""
 
 
 class Part:
@@ -72,6 +75,12 @@ class Part:
                 self._open.popitem(last=False)
         return shard
 
+    def close_all_but(self, sha256s: Container[str]) -> None:
+        """Closes the open files that are none of these; one whose rows are being copied, as soon as they are."""
+        with self._lock:
+            for index in [index for index in self._open if self._entries[index].sha256 not in sha256s]:
+                del self._open[index]
+
     def due(self, seed: int, position: int) -> list[DatasetFile]:
         """The files of the window in which an own position lies, and of the next one: in the order of need."""
         windows = self.order(seed).windows_from(position)
@@ -89,7 +98,7 @@ class Part:
 
     @property
     def bytes_at_once(self) -> int:
-        """How many bytes of files two windows can have at most; all of the dataset where that is less."""
+        """How many bytes of files are in use at once at most: of three windows, or all of the dataset."""
         total = sum(entry.num_bytes for entry in self._entries)
         largest_row = max(entry.num_bytes / entry.num_rows for entry in self._entries)
-        return min(total, int(2 * largest_row * (ROWS_PER_WINDOW + max(self.num_rows))) + 1)
+        return min(total, int(_NUM_WINDOWS_AT_ONCE * largest_row * (ROWS_PER_WINDOW + max(self.num_rows))) + 1)

@@ -9,9 +9,13 @@
 
 Several processes share the folder: one fetches a file, the others wait for it. A file takes its name by a rename, after
 its sha256 was found right while it arrived; it is read again when it is first opened after a start.
+
+Whoever has a file open, or mapped, holds a shared lock on it, and only a file that nobody holds is evicted: so what the
+folder shows is what the disk gives, and a change of an open file, be it of its attributes only, is never our own doing.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -27,11 +31,14 @@ from training.shard_files import LocalFiles, Notes, OpenFile, ShardFiles, check_
 LOGGER = logging.getLogger(__name__)
 
 Needs = Callable[[], Mapping[str, int]]
-"""For each sha256 that will be wanted again, when: 0 and 1 are now, and greater numbers are later."""
+"""For each sha256 that will be wanted again, when: 0 and 1 are now, and greater numbers are later. Before it says so,
+it lets go of open files that are not wanted now."""
+
+WANTED_NOW = 1
+"""What is due in so many windows is not evicted."""
 
 _NUM_FETCHES = 2
 _FREE_SHARE = 0.8
-_WANTED_NOW = 1
 _NEVER = 1 << 62
 
 
@@ -80,10 +87,11 @@ class RowCache:
             TransientError: The store could not be reached.
         """
         with contextlib.suppress(ContractError):
-            opened = open_at(self._path(file), file)
-            if self._notes.know(file.sha256, opened.identity):
+            opened = self._open_held(file)
+            if opened is not None and self._notes.know(file.sha256, opened.identity):
                 return opened
-            opened.file.close()
+            if opened is not None:
+                opened.file.close()
         with self._notes.locked(file.sha256):
             return self._open_locked(prefix, file)
 
@@ -113,19 +121,34 @@ class RowCache:
             "encode its dataset again, or put a good copy there"
         )
 
-    def _open_cached(self, file: DatasetFile) -> OpenFile | None:
+    def _open_held(self, file: DatasetFile) -> OpenFile | None:
+        """Opens a cached file, which nobody evicts then until it is closed and no map of it is left.
+
+        Raises:
+            ContractError: It has another size.
+        """
         path = self._path(file)
         if not path.is_file():
             return None
+        opened = open_at(path, file)
+        fcntl.flock(opened.file, fcntl.LOCK_SH)
+        if os.fstat(opened.file.fileno()).st_nlink:
+            return opened
+        opened.file.close()  # evicted before it was held
+        return None
+
+    def _open_cached(self, file: DatasetFile) -> OpenFile | None:
         try:
-            opened = open_at(path, file)
-            if not self._notes.know(file.sha256, opened.identity):
+            opened = self._open_held(file)
+            if opened is not None and not self._notes.know(file.sha256, opened.identity):
                 check_content(opened, file)
                 self._notes.note(file.sha256, opened.identity)
         except ContractError as error:
-            aside = self._quarantine / f"{file.sha256}-{os.stat(path).st_mtime_ns}.parquet"
-            os.replace(path, aside)
-            LOGGER.warning("%s; moved to %s, and fetched again", error, aside)
+            with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+                path = self._path(file)
+                aside = self._quarantine / f"{file.sha256}-{os.stat(path).st_mtime_ns}.parquet"
+                os.replace(path, aside)
+                LOGGER.warning("%s; moved to %s, and fetched again", error, aside)
             return None
         return opened
 
@@ -139,9 +162,12 @@ class RowCache:
                 raise ContractError(f"{error}, and the manifest names it") from None
             if entry.num_bytes != file.num_bytes:
                 raise ContractError(f"{entry.num_bytes} bytes, the manifest says {file.num_bytes}")
-            os.replace(scratch, self._path(file))
-        with (opened := open_at(self._path(file), file)).file:
-            self._notes.note(file.sha256, opened.identity)
+            with self._notes.locked("room"):  # nobody counts it twice, or not at all
+                os.replace(scratch, self._path(file))
+                shutil.rmtree(folder)
+        if (opened := self._open_held(file)) is not None:
+            with opened.file:
+                self._notes.note(file.sha256, opened.identity)
         self.num_fetched += 1
 
     # ------------------------------------------------------------------------------------------------------------ room
@@ -167,10 +193,10 @@ class RowCache:
         needs = self.needs()
         kept.sort(key=lambda entry: -entry.due(needs))
         for entry in kept:
-            if excess <= 0 or entry.due(needs) <= _WANTED_NOW:
+            if excess <= 0 or entry.due(needs) <= WANTED_NOW:
                 break
-            entry.path.unlink(missing_ok=True)
-            excess -= entry.num_bytes
+            if _evict(entry.path):
+                excess -= entry.num_bytes
         if excess > 0:
             raise ValueError(
                 f"train.cache_bytes: {self._max_bytes} is {excess} bytes too few for the shards that are in use at "
@@ -195,6 +221,17 @@ class RowCache:
                 else:
                     total += int(num_bytes)
         return total
+
+
+def _evict(path: Path) -> bool:
+    """Deletes a file unless somebody has it open: it would take its room all the same. Whether it is gone."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink()
+    return True
 
 
 @dataclass(frozen=True)

@@ -99,3 +99,8 @@ def write_copies(store: ObjectStore, prefix: str, digest: str, copies: Copies) -
     )
     with contextlib.suppress(AlreadyExistsError):
         store.put_if_absent(f"{prefix}/{DUPLICATES_NAME}", buffer.getvalue())
+
+
+def delete_copies(store: ObjectStore, prefix: str) -> None:
+    """Takes it back: nobody needs it any more, and the sweep may be over."""
+    store.delete(f"{prefix}/{DUPLICATES_NAME}")

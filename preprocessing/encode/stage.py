@@ -32,9 +32,9 @@ from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import TENSOR_WRITER
 from preprocessing.encode.batches import BatchSize
 from preprocessing.encode.crops import Refused
-from preprocessing.encode.duplicates import Copies, find_copies, read_copies, write_copies
+from preprocessing.encode.duplicates import Copies, delete_copies, find_copies, read_copies, write_copies
 from preprocessing.encode.kernel import Encoders, Prepared, encode, prepare, rejects_of, with_split
-from preprocessing.stage import RowsFile, ShardOutput, find_report
+from preprocessing.stage import RowsFile, ShardOutput, find_report, reported_shards
 from preprocessing.stored_parquet import open_parquet
 
 if TYPE_CHECKING:
@@ -228,8 +228,16 @@ class EncodeStage:
         if copies is None:
             hashes = ((index, self._read_hashes(index)) for index in range(self.num_shards))
             copies = find_copies(hashes, self._downloaded.num_out, scratch)
-            write_copies(self._store, prefix, digest, copies)
+            # The sweep comes when all shards are reported. Who writes, and then looks, leaves nothing behind it: either
+            # the sweep finds the file, or we see the reports.
+            if not self._is_all_reported():
+                write_copies(self._store, prefix, digest, copies)
+                if self._is_all_reported():
+                    delete_copies(self._store, prefix)
         return copies
+
+    def _is_all_reported(self) -> bool:
+        return len(reported_shards(self._store, self)) >= self.num_shards
 
     def _parent_keys(self, index: int) -> Iterator[tuple[str, str]]:
         """Key and sha256 of each file of a shard."""

@@ -1,15 +1,18 @@
 """Several encoders on one dataset: who makes what, what they tell each other, and that nothing of it can be seen."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typing_extensions import override
 
 from infra.errors import ContractError
-from infra.storage import ObjectStore, open_store
+from infra.storage import ObjectInfo, ObjectStore, open_store
+from infra.storage_folder import FolderStore
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.manifest import DatasetFile, Manifest, dataset_prefix, load_manifest
 from preprocessing.contracts.schemas import TENSOR_WRITER
@@ -17,7 +20,7 @@ from preprocessing.encode import duplicates
 from preprocessing.encode.job import EncodeJob, run_workers
 from preprocessing.encode.stage import EncodeStage
 from preprocessing.encode.worker import _slurm, shares
-from preprocessing.stage import run_stage
+from preprocessing.stage import run_shards, run_stage
 from preprocessing.verify_rows import check_rows
 from tests.preprocessing.pictures import Downloaded, picture_row, picture_table
 
@@ -52,6 +55,44 @@ def test_two_workers_make_the_bytes_of_one(tmp_path: Path, store_and_manifest: t
     assert _hashes(load_manifest(store, made)) == _hashes(store_and_manifest[1])
     assert set(told) == {0, 1, 2}
     assert not store.exists(f"{made}/{duplicates.DUPLICATES_NAME}"), "it is for the workers only"
+
+
+class _Sleeper(FolderStore):
+    """Just before it writes the copies, or just before it looks for them first, another worker does everything."""
+
+    def __init__(self, root: Path, method: str, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._method, self._meanwhile = method, meanwhile
+
+    def _sleep(self, method: str, key: str) -> None:
+        if method == self._method and key.endswith(duplicates.DUPLICATES_NAME):
+            self._method = ""
+            self._meanwhile()
+
+    @override
+    def read_with_etag(self, key: str) -> tuple[bytes, str]:
+        self._sleep("read", key)
+        return super().read_with_etag(key)
+
+    @override
+    def put_if_absent(self, key: str, data: bytes) -> ObjectInfo:
+        self._sleep("put", key)
+        return super().put_if_absent(key, data)
+
+
+@pytest.mark.parametrize("sleeps_before", ["read", "put"])
+def test_who_wakes_after_the_sweep_leaves_nothing_behind(tmp_path: Path, sleeps_before: str):
+    root = tmp_path / "store"
+    store, downloaded = _downloaded(str(root), num_shards=1)
+    done: list[Manifest] = []
+    sleeper = _Sleeper(
+        root, sleeps_before, lambda: done.append(run_stage(store, EncodeStage(store, downloaded, CONFIG, MODEL, "cpu")))
+    )
+    stage = EncodeStage(sleeper, downloaded, CONFIG, MODEL, "cpu")
+    run_shards(sleeper, stage, [0])  # as a worker that is not the one to write the manifest
+    named = {f"{stage.prefix}/{name}" for name, _ in _hashes(done[0])}
+    found = {info.key for info in store.list(f"{stage.prefix}/")}
+    assert found - named == {f"{stage.prefix}/MANIFEST.json", f"{stage.prefix}/reports/shard-00000.json"}
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7])

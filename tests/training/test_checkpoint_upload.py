@@ -62,3 +62,20 @@ def test_what_no_retry_can_help_is_raised_at_once():
     with pytest.raises(ContractError, match="no"):
         uploader.wait()
     assert calls == [1]
+
+
+def test_one_may_wait_for_a_while_only():
+    uploader = Uploader()
+    may_end = threading.Event()
+
+    def work() -> None:
+        may_end.wait(60)
+
+    uploader.start("one", work)
+    told: list[str] = []
+    assert not uploader.wait(told.append, at_most_s=0.01)
+    assert told == ["one"]
+    may_end.set()
+    assert uploader.wait(at_most_s=60)
+    assert uploader.wait(at_most_s=0)
+    assert uploader.take_done() == ["one"]

@@ -1,18 +1,23 @@
 """The cache of rows from a distant store: bounded, shared, and never the giver of something that was not verified."""
 
 import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
+import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from infra.errors import ContractError
-from infra.storage import open_store
+from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import DatasetFile
 from tests.training.corruption import DistantStore
+from training import part
 from training.data import open_dataset
+from training.order import SampleOrder
 from training.row_cache import RowCache
 from training.shard_files import LocalFiles, Notes
 
@@ -66,6 +71,90 @@ def test_too_small_a_cache_says_what_to_raise(tmp_path: Path, files: list[Datase
         _read(cache, files[3])
     with pytest.raises(ValueError, match=r"train.cache_bytes: 3000 is too little .* up to 5000 bytes"):
         cache.check_size(5000)
+
+
+def test_a_file_counts_once_while_it_takes_its_name(
+    tmp_path: Path, files: list[DatasetFile], monkeypatch: pytest.MonkeyPatch
+):
+    """Room for three, of which none may go: whoever counted one of them twice would find none for the third."""
+    ours, theirs = _cache(tmp_path), _cache(tmp_path)
+    ours.needs = theirs.needs = lambda: {file.sha256: 1 for file in files}
+    _read(ours, files[0])
+    replace = os.replace
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        begun: list[concurrent.futures.Future[bytes]] = []
+
+        def replace_and_let_another_look(source: Path, target: Path) -> None:
+            replace(source, target)
+            if target == tmp_path / "cache" / "shards" / f"{files[1].sha256}.parquet":
+                begun.append(pool.submit(_read, theirs, files[2]))
+                concurrent.futures.wait(begun, timeout=0.5)  # it may have to wait for us
+
+        monkeypatch.setattr(os, "replace", replace_and_let_another_look)
+        _read(ours, files[1])
+        assert begun[0].result() == bytes([2]) * NUM_BYTES
+
+
+def test_an_open_file_takes_room_and_stays_what_it_was(tmp_path: Path, files: list[DatasetFile]):
+    ours, theirs = _cache(tmp_path), _cache(tmp_path)  # as two ranks have them
+    opened = ours.open("dataset", files[0])
+    held = mmap.mmap(opened.file.fileno(), 0, access=mmap.ACCESS_READ)
+    opened.file.close()  # the map alone holds it
+    with (other := ours.open("dataset", files[1])).file:
+        for i in (2, 3, 4):
+            _read(theirs, files[i])
+        assert _kept(tmp_path, files) == {0, 1, 4}
+        assert other.is_unchanged()  # of its attributes, too
+        with (
+            ours.open("dataset", files[4]).file,
+            pytest.raises(ValueError, match=r"train.cache_bytes: .* at least 4000"),
+        ):
+            _read(theirs, files[5])
+    held.close()
+    theirs.needs = lambda: {files[i].sha256: 1 for i in (1, 4)}
+    _read(theirs, files[5])
+    assert _kept(tmp_path, files) == {1, 4, 5}
+
+
+def _bytes_taken(folder: Path) -> int:
+    """By all files in a folder, and by deleted ones that this process has open or mapped."""
+    sizes = {}
+    for path in folder.rglob("*.parquet"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            sizes[stat.st_ino] = stat.st_size
+    for kind in ("fd", "map_files"):
+        for link in Path("/proc/self", kind).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if str(link.readlink()).startswith(str(folder / "shards")):
+                    stat = os.stat(link)
+                    sizes[stat.st_ino] = stat.st_size
+    return sum(sizes.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/map_files").is_dir(), reason="looks at open files through /proc")
+def test_two_ranks_stay_within_the_bound(
+    store: ObjectStore, make_dataset: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Windows of one shard of ten; the bound is the smallest legal `cache_bytes`."""
+    monkeypatch.setattr(part, "ROWS_PER_WINDOW", 4)
+    monkeypatch.setattr(SampleOrder.__init__, "__defaults__", (4,))
+    prefix = make_dataset(store, (4,) * 10)
+    distant, folder = DistantStore(Path(store.uri)), tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"train\.cache_bytes: 1 is too little") as refused:
+        open_dataset(distant, prefix, folder, cache_bytes=1)
+    bound = int(str(refused.value).partition("up to ")[2].split()[0])
+    ranks = [open_dataset(distant, prefix, folder, cache_bytes=bound, session="session") for _ in range(2)]
+    both = [
+        dataset.batches(seed=1, global_batch_size=2, num_steps=50, rank=rank, world_size=2)
+        for rank, dataset in enumerate(ranks)
+    ]
+    most = 0
+    with both[0] as first, both[1] as second:
+        for _ in zip(first, second, strict=True):
+            most = max(most, _bytes_taken(folder))
+    assert 0 < most <= bound < sum(path.stat().st_size for path in Path(store.uri, prefix).glob("train-*"))
 
 
 def test_many_threads_fetch_each_file_once(tmp_path: Path, files: list[DatasetFile]):
