@@ -34,29 +34,31 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from infra.storage import ObjectStore, open_store
+from model.schedule import alphas_cumprod_of
+from model.specs import SD2_UNET_CONFIG, SD2_VAE_CONFIG
+from model.tiny.world import draw as draw_scene
+from model.tiny.world import scene_at
+from model.unet import build_unet, load_unet, widen_conv_in
+from preprocessing.contracts.config import EncodeConfig, ModelConfig
+from preprocessing.contracts.digests import uid_of
+from preprocessing.contracts.manifest import Manifest, dataset_prefix
+from preprocessing.contracts.schemas import DOWNLOADED
+from preprocessing.encode.stage import EncodeStage
+from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage
+from training.batch import Batch
+from training.conditioning import fields_of
+from training.config import TrainConfig
+from training.data import TrainingDataset, open_dataset
+from training.online import OnlineConditioner, load_conditioner
+from training.step import Draws, draw, training_loss, with_full_masks, with_text_dropout
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from benchmarks.photographs import photograph  # noqa: E402 - after the path is set
-from infra.storage import ObjectStore, open_store  # noqa: E402
-from model.schedule import alphas_cumprod_of  # noqa: E402
-from model.specs import SD2_UNET_CONFIG, SD2_VAE_CONFIG  # noqa: E402
-from model.tiny.world import draw as draw_scene  # noqa: E402
-from model.tiny.world import scene_at  # noqa: E402
-from model.unet import build_unet, load_unet, widen_conv_in  # noqa: E402
-from preprocessing.contracts.config import EncodeConfig, ModelConfig  # noqa: E402
-from preprocessing.contracts.digests import uid_of  # noqa: E402
-from preprocessing.contracts.manifest import Manifest, dataset_prefix  # noqa: E402
-from preprocessing.contracts.schemas import DOWNLOADED  # noqa: E402
-from preprocessing.encode.stage import EncodeStage  # noqa: E402
-from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage  # noqa: E402
-from training.batch import Batch  # noqa: E402
-from training.conditioning import fields_of  # noqa: E402
-from training.config import TrainConfig  # noqa: E402
-from training.data import TrainingDataset, open_dataset  # noqa: E402
-from training.online import OnlineConditioner, load_conditioner  # noqa: E402
-from training.step import Draws, draw, training_loss, with_full_masks, with_text_dropout  # noqa: E402
+# No installed package: the path leads to it, and only where this is a script.
+from benchmarks.photographs import photograph  # noqa: E402
 
 KIB: Final = 1024
 SEED: Final = 1

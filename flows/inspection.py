@@ -4,20 +4,18 @@ The page itself is `preprocessing.inspection_page`; here is gathered what it sho
 """
 
 import base64
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flows.plan import DATA_STAGES, dataset_lineage
 from flows.status import datasets_of_run
-from flows.store import base_folder, read_any, read_manifest
+from flows.store import base_folder, read_any, read_manifest, run_config
 from infra.bundles import MANIFEST_NAME, BundleManifest
 from infra.errors import ContractError
-from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_bytes
+from infra.storage import ObjectStore, sha256_of_bytes
 from preprocessing.contracts.display import bytes_text, number_text
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
-from training.runspec import run_prefix
 
 if TYPE_CHECKING:
     from preprocessing.contact_sheet import OnProgress
@@ -58,9 +56,9 @@ def inspect(store: ObjectStore, prefix: str) -> Inspected:
     if isinstance(manifest, Manifest):
         lineage = _lineage(store, prefix, manifest)
         return Inspected(store, prefix, manifest, lineage, _missing(lineage))
-    run = _run_config(store, manifest.run_id)
+    run = run_config(store, manifest.run_id)
     lineage = ()
-    for dataset in datasets_of_run(dict(run))[:1]:
+    for dataset in datasets_of_run(run)[:1]:
         try:
             lineage = _lineage(store, dataset, read_manifest(store, dataset))
         except ValueError:  # the dataset is gone; the bundle is no worse for it
@@ -75,14 +73,6 @@ def _lineage(store: ObjectStore, prefix: str, manifest: Manifest) -> tuple[tuple
 def _missing(lineage: tuple[tuple[str, Manifest], ...]) -> str | None:
     parents = lineage[0][1].parents if lineage else {}
     return next((dataset_prefix(name, digest) for name, digest in parents.items() if name in DATA_STAGES), None)
-
-
-def _run_config(store: ObjectStore, run_id: str) -> Mapping[str, Any]:
-    try:
-        config = json.loads(store.read(f"{run_prefix(run_id)}/config.json"))
-    except (ObjectNotFoundError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------ for programs

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from flows.store import run_config
 from infra.bundles import BundleManifest, find_bundle
 from infra.channels import ChannelPointer, read_channel
 from infra.errors import ContractError
@@ -132,7 +133,7 @@ def status_of(store: ObjectStore) -> Status:
         )
         rooms = each(store.list_folders, ("runs/", "exports/"))
         names = sorted({*rooms[0], *rooms[1]})
-        configs = each(lambda name: _config_of(store, name), names)
+        configs = each(lambda name: run_config(store, name), names)
         folders = [
             folder
             for name in names
@@ -249,15 +250,6 @@ def _in_order(datasets: Sequence[DatasetStatus]) -> list[DatasetStatus]:
 
 
 # ------------------------------------------------------------------------------------------------------- runs, bundles
-
-
-def _config_of(store: ObjectStore, run_id: str) -> dict[str, Any]:
-    """A run's ``config.json`` as it is: one that another version wrote is of use, too."""
-    try:
-        config = json.loads(store.read(f"{run_prefix(run_id)}/config.json"))
-    except (ObjectNotFoundError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def datasets_of_run(config: dict[str, Any]) -> tuple[str, ...]:

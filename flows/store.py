@@ -1,6 +1,8 @@
 """What a URI names in the store, and the manifest that stands there. No prefect."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -9,6 +11,7 @@ from infra.channels import read_channel
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, load_manifest
+from training.runspec import run_prefix
 
 _ROOMS = ("datasets", "runs", "exports")
 
@@ -103,6 +106,15 @@ def read_any(store: ObjectStore, prefix: str) -> Manifest | BundleManifest:
         raise ValueError(
             f"uri: {store.uri_of(key)} is not there; the bundle does not exist or is not complete"
         ) from None
+
+
+def run_config(store: ObjectStore, run_id: str) -> dict[str, Any]:
+    """A run's ``config.json`` as it is: one that another version wrote is of use, too; empty where there is none."""
+    try:
+        config = json.loads(store.read(f"{run_prefix(run_id)}/config.json"))
+    except (ObjectNotFoundError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def uids_of(store: ObjectStore, prefix: str, manifest: Manifest) -> set[str]:

@@ -79,6 +79,23 @@ def list_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def local_files(source: Path) -> tuple[Path, BaseFiles]:
+    """Which files of a local source are read: the folder that they lie in, and their names.
+
+    Raises:
+        ValueError: It is not there, or something is missing.
+    """
+    if source.is_dir():
+        return source, choose_files(list_names(source), str(source))
+    if not source.is_file():
+        raise ValueError(f"model.base: {str(source)!r} is neither a folder nor a file")
+    if not is_weight_file(source.name):
+        raise ValueError(
+            f"model.base: {str(source)!r} is no weight file; give a .safetensors or .ckpt file, or a folder"
+        )
+    return source.parent, choose_files(list_names(source.parent), str(source), single=source.name)
+
+
 def choose_files(names: Iterable[str], where: str, *, single: str | None = None) -> BaseFiles:
     """Chooses among names.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model import base_configs, compvis
-from model.base_files import BaseFiles, choose_files, list_names
+from model.base_files import BaseFiles, local_files
 from model.base_kinds import EXPECTED, Kind, recognize
 from model.compvis import some_of
 from model.encoders import CLIP_CONFIG_NAME, CLIP_WEIGHTS_NAME
@@ -64,7 +64,7 @@ def convert_base(
         ValueError: the weights are of another model, or incomplete; says what they are and what was expected.
     """
     source, target = Path(source), Path(target)
-    folder, files = find_files(source)
+    folder, files = local_files(source)
     target.mkdir(parents=True)
     with ExitStack() as stack:
         if files.layout == "canonical":
@@ -87,19 +87,6 @@ def convert_base(
     }
     write_json(target / BASE_NAME, record)
     return record
-
-
-def find_files(source: Path) -> tuple[Path, BaseFiles]:
-    """Which files of a source are read: the folder that they lie in, and their names.
-
-    Raises:
-        ValueError: it is not there, or something is missing.
-    """
-    if source.is_dir():
-        return source, choose_files(list_names(source), str(source))
-    if not source.is_file():
-        raise ValueError(f"model.base: {str(source)!r} is neither a folder nor a file")
-    return source.parent, choose_files(list_names(source.parent), str(source), single=source.name)
 
 
 @final

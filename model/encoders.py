@@ -150,17 +150,6 @@ def encode_stored_moments(
     return map_micro_batches(run, num_rows, micro_batch=micro_batch, device=vae.device, num_lanes=num_lanes)
 
 
-def encode_masked_moments(
-    vae: AutoencoderKL,
-    pixels: Float[Tensor, "batch 3 height width"],
-    masks: Shaped[Tensor, "batch *one height width"],
-    *,
-    batch_size: int | None = None,
-) -> Float16[Tensor, "batch channels2 h w"]:
-    """`encode_stored_moments` of the pictures with holes: what datasets store as ``masked_moments_k``."""
-    return encode_stored_moments(vae, pixels, masks, batch_size=batch_size)
-
-
 def encode_stored_text(
     text: "TextEncoder",
     token_ids: Int[Tensor, "batch 77"],

@@ -308,13 +308,13 @@ def to_latent_mask(
     return np.ascontiguousarray(mask[..., ::factor, ::factor])
 
 
-def pack_mask(mask: Mask) -> bytes:
-    """A bit per cell, row by row, most significant bit first, padded with zeros to whole bytes."""
-    return np.packbits(mask.reshape(-1)).tobytes()
+def pack_masks(masks: Masks) -> UInt8[np.ndarray, "masks bytes"]:
+    """A bit per cell, row by row, most significant bit first, each mask padded with zeros to whole bytes."""
+    return np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)
 
 
 def unpack_mask(data: bytes | memoryview, shape: tuple[int, int]) -> Mask:
-    """The inverse of `pack_mask`.
+    """The inverse of `pack_masks`, of one mask.
 
     Args:
         data: (height · width + 7) // 8 bytes.

@@ -20,7 +20,7 @@ from typing import Any
 from infra.errors import EXIT_BAD_INPUT, ContractError, TransientError
 from infra.processes import run_guarded
 from infra.storage import ObjectStore, open_store
-from model.base_files import PART_CONFIGS, BaseFiles, choose_files
+from model.base_files import PART_CONFIGS, BaseFiles, choose_files, local_files
 from preprocessing.base_conversion import ANSWER_NAME
 from preprocessing.contracts.bases import (
     BaseSource,
@@ -30,7 +30,6 @@ from preprocessing.contracts.bases import (
     find_converted,
     find_sha256,
     is_in_place,
-    local_files,
     pinned_sha256,
     pointer_path,
 )

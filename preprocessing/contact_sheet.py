@@ -17,6 +17,7 @@ import polars as pl
 from PIL import Image, UnidentifiedImageError
 
 from infra.storage import ObjectStore
+from model.masks import unpack_mask
 from preprocessing.block_lists import host_of
 from preprocessing.contracts.display import display_text, number_text
 from preprocessing.contracts.manifest import DatasetFile, Manifest
@@ -132,7 +133,7 @@ class _Latents:
         """(h, w) uint8 in {0, 1}."""
         if len(bits) != (self.side**2 + 7) // 8:
             return None
-        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self.side**2).reshape(self.side, self.side)
+        return unpack_mask(bits, (self.side, self.side))
 
 
 def make_contact_sheet(

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import ObjectStore
+from preprocessing.contracts.raw_pages import MAX_HEADER_BYTES, find_chunk
 
 _BUFFER_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 1 << 12
 
 
 class StoredFile(io.RawIOBase):
@@ -68,10 +68,10 @@ def first_rows(store: ObjectStore, key: str, num_rows: int, columns: Sequence[st
         schema = file.schema_arrow
         there = [name for name in columns if name in schema.names]
         num_rows = min(num_rows, file.metadata.num_rows)
-        raw = {name: _raw_rows(store, key, file, name, num_rows) for name in there}
-        others = [name for name in there if raw[name] is None]
         if num_rows == 0:
             return schema.empty_table().select(there)
+        raw = {name: _raw_rows(store, key, file, name, num_rows) for name in there}
+        others = [name for name in there if raw[name] is None]
         batch = next(file.iter_batches(num_rows, columns=others)) if others else None
         arrays = []
         for name in there:
@@ -85,24 +85,15 @@ def first_rows(store: ObjectStore, key: str, num_rows: int, columns: Sequence[st
 
 
 def _raw_rows(store: ObjectStore, key: str, file: pq.ParquetFile, name: str, num_rows: int) -> np.ndarray | None:
-    """The first values of a column: (num_rows, width) uint8; None where `_raw_start` is."""
-    start = _raw_start(file, name)
-    if start is None:
+    """The first values of a column: (num_rows, width) uint8; None where they do not lie one after the other."""
+    kind = file.schema_arrow.field(name).type
+    chunk = find_chunk(file.metadata, name)
+    if chunk is None or not pa.types.is_fixed_size_binary(kind):
         return None
-    width = file.schema_arrow.field(name).type.byte_width
-    data = store.read_range(key, start, num_rows * width)
-    return np.frombuffer(data, np.uint8).reshape(num_rows, width) if len(data) == num_rows * width else None
-
-
-def _raw_start(file: pq.ParquetFile, name: str) -> int | None:
-    """Where the values of a column lie, one after the other; None where they do not.
-
-    They do in one uncompressed page of a required column: see `preprocessing.contracts.schemas.TENSOR_WRITER`.
-    """
-    metadata, field = file.metadata, file.schema_arrow.field(name)
-    if not pa.types.is_fixed_size_binary(field.type) or field.nullable or metadata.num_row_groups != 1:
+    wanted = num_rows * kind.byte_width
+    data = store.read_range(key, chunk.begin, min(chunk.end - chunk.begin, MAX_HEADER_BYTES + wanted))
+    begin = chunk.values_begin(data)
+    if begin is None or chunk.end - begin != chunk.num_values * kind.byte_width:
         return None
-    chunk = metadata.row_group(0).column(file.schema_arrow.get_field_index(name))
-    start = chunk.data_page_offset + chunk.total_compressed_size - metadata.num_rows * field.type.byte_width
-    is_one_page = 0 < start - chunk.data_page_offset < _MAX_HEADER_BYTES
-    return start if chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and is_one_page else None
+    values = data[begin - chunk.begin :][:wanted]
+    return np.frombuffer(values, np.uint8).reshape(num_rows, kind.byte_width) if len(values) == wanted else None

@@ -183,12 +183,13 @@ def _read(store: ObjectStore, key: str, rows: np.ndarray) -> pa.Table:
 
 
 def _encode_again(rows: pa.Table, encoders: "Encoders") -> dict[str, np.ndarray]:
-    from preprocessing.encode.crops import Crops, decode_kept
+    from model.crop import decode_crop
+    from preprocessing.encode.crops import Crops
     from preprocessing.encode.kernel import prepare_crops, run_models
 
     side = encoders.latent_spec.resolution_px
     if encoders.config.image != "none":
-        pictures = np.stack([decode_kept(data) for data in rows.column("image").to_pylist()])
+        pictures = np.stack([decode_crop(data) for data in rows.column("image").to_pylist()])
     else:
         pictures = np.zeros((rows.num_rows, side, side, 3), np.uint8)  # nothing is made of them
     prepared = prepare_crops(Crops(rows, pictures, [], [], []), encoders)

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from infra.errors import ContractError
 from model.specs import LatentSpec, MaskSpec, TextSpec
-from preprocessing.contracts.config import ModelConfig
+from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.digests import weights_sha256
 from preprocessing.contracts.manifest import Manifest
-from training.fields import Fields
+from training.conditioning import encoded_columns
 
 
 @dataclass(frozen=True)
@@ -51,39 +50,9 @@ def parse_specs(manifest: Manifest, uri: str) -> DatasetSpecs:
         ) from error
     except ValueError as error:
         raise ContractError(f"dataset: {uri}: {error}; encode it again with this version") from error
-    return DatasetSpecs(latents, text, masks, _columns_of(manifest.config, masks))
-
-
-def _columns_of(config: Mapping[str, Any], masks: MaskSpec) -> frozenset[str]:
-    """What an encoding with some digest fields stores; a field that is not there is at its default."""
-    columns = {f"{name}_{k}" for k in range(masks.num_variants) for name in ("mask", "masked_moments")}
-    columns |= {"moments"} if config.get("moments", True) else set()
-    columns |= {"image"} if config.get("image", "png") != "none" else set()
-    text = config.get("text", "embeddings")
-    columns |= {"text_embeddings"} if text != "token_ids" else set()
-    columns |= {"token_ids"} if text != "embeddings" else set()
-    return frozenset(columns)
-
-
-def check_fields(specs: DatasetSpecs, fields: Fields, uri: str) -> None:
-    """Makes sure that a dataset's rows hold what is asked of them.
-
-    Raises:
-        ContractError: They lack something; names both sides.
-    """
-    wanted = [
-        (fields.moments, "moments", "encode.moments: true"),
-        (fields.images, "image", "encode.image: png or jpeg"),
-        (fields.mask == "cached", "mask_0", "encode.num_mask_variants of at least 1"),
-        (fields.text == "embeddings", "text_embeddings", "encode.text: embeddings or both"),
-        (fields.text == "token_ids", "token_ids", "encode.text: token_ids or both"),
-    ]
-    for is_wanted, column, remedy in wanted:
-        if is_wanted and column not in specs.columns:
-            raise ContractError(
-                f"dataset: training asks for {column}, and {uri} stores {', '.join(sorted(specs.columns))}; "
-                f"encode it with {remedy}"
-            )
+    # Not validated: an encoding that another version was told of has other fields, too.
+    encode = EncodeConfig.model_construct(**{**manifest.config, "num_mask_variants": masks.num_variants})
+    return DatasetSpecs(latents, text, masks, encoded_columns(encode))
 
 
 def check_agree(specs: Mapping[str, DatasetSpecs]) -> None:

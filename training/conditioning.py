@@ -3,7 +3,7 @@
 What is not read is made in the step, by frozen models, out of what is: `training.online` does it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from infra.errors import ContractError
 from model.specs import USER_FAMILY
@@ -35,8 +35,26 @@ def encoded_columns(encode: EncodeConfig) -> frozenset[str]:
     return frozenset(columns | ({"image"} if encode.image != "none" else set()))
 
 
+def check_fields(fields: Fields, columns: Collection[str], dataset: str) -> None:
+    """Makes sure that a dataset's rows hold what is asked of them.
+
+    Args:
+        fields: What is asked for.
+        columns: What the rows hold.
+        dataset: What to call it in messages.
+
+    Raises:
+        ContractError: They lack something; names both sides.
+    """
+    for column, remedy in _lacking(fields, columns):
+        raise ContractError(
+            f"dataset: training asks for {column}, and {dataset} stores {', '.join(sorted(columns))}; "
+            f"encode it with {remedy}"
+        )
+
+
 def check_conditioning(train: TrainConfig, columns: Collection[str], mask_family: str, dataset: str) -> None:
-    """Makes sure that what a training asks for can be read, or made of what can be read.
+    """`check_fields` of a training, in the words of its config; and that the masks that it draws can be drawn.
 
     Args:
         train: What is asked for.
@@ -48,47 +66,38 @@ def check_conditioning(train: TrainConfig, columns: Collection[str], mask_family
         ContractError: The rows lack something; names both sides, and what to change on either.
     """
     fields = fields_of(train)
-    other_text = "token_ids" if train.text_source == "embeddings" else "embeddings"
-    own_masks = fields.mask == "none" and train.mask_family is None and mask_family == USER_FAMILY
-    # The field that asks, whether it asks in vain, what the dataset lacks, and what to do about it.
-    lacks = (
-        (
-            "mask_source",
-            fields.mask == "cached" and "mask_0" not in columns,
-            "stores no masks",
-            "set it to 'online', or encode with encode.num_mask_variants of at least 1",
-        ),
-        (
-            "mask_source",
-            fields.mask == "none" and "image" not in columns,
-            "keeps no pictures to put masks on",
-            "set it to 'cached', or encode with encode.image 'png' or 'jpeg'",
-        ),
-        (
-            "mask_source",
-            own_masks,
-            "does not hold the files that its masks were (mask family 'user')",
-            "set it to 'cached', or train.mask_family to a family that can be drawn",
-        ),
-        (
-            "text_source",
-            {"embeddings": "text_embeddings"}.get(fields.text, fields.text) not in columns,
-            f"stores no {'text embeddings' if fields.text == 'embeddings' else 'token ids'}",
-            f"set it to {other_text!r}, or encode with encode.text {fields.text!r} or 'both'",
-        ),
-        (
-            "moments_source",
-            fields.moments and "moments" not in columns,
-            "stores no moments",
-            "set it to 'online', or encode with encode.moments true",
-        ),
-        (
-            "moments_source",
-            not fields.moments and "image" not in columns,
-            "keeps no pictures to encode",
-            "set it to 'cached', or encode with encode.image 'png' or 'jpeg'",
-        ),
+    # For each column the field that asks for it, what the dataset lacks, and the value that asks for something else.
+    asked = {
+        "mask_0": ("mask_source", "stores no masks", "online"),
+        "image": ("mask_source", "keeps no pictures to put masks on", "cached")
+        if fields.mask == "none"
+        else ("moments_source", "keeps no pictures to encode", "cached"),
+        "text_embeddings": ("text_source", "stores no text embeddings", "token_ids"),
+        "token_ids": ("text_source", "stores no token ids", "embeddings"),
+        "moments": ("moments_source", "stores no moments", "online"),
+    }
+    for column, remedy in _lacking(fields, columns):
+        field, what, other = asked[column]
+        raise ContractError(
+            f"train.{field}: {getattr(train, field)!r}, but {dataset} {what}; "
+            f"set it to {other!r}, or encode with {remedy}"
+        )
+    if fields.mask == "none" and train.mask_family is None and mask_family == USER_FAMILY:
+        raise ContractError(
+            f"train.mask_source: {train.mask_source!r}, but {dataset} does not hold the files that its masks were "
+            "(mask family 'user'); set it to 'cached', or train.mask_family to a family that can be drawn"
+        )
+
+
+def _lacking(fields: Fields, columns: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The columns that are asked for and not there, each with what an encoding that stores it has in its config."""
+    wanted = (
+        (fields.mask == "cached", "mask_0", "encode.num_mask_variants of at least 1"),
+        (fields.images, "image", "encode.image 'png' or 'jpeg'"),
+        (fields.text == "embeddings", "text_embeddings", "encode.text 'embeddings' or 'both'"),
+        (fields.text == "token_ids", "token_ids", "encode.text 'token_ids' or 'both'"),
+        (fields.moments, "moments", "encode.moments true"),
     )
-    for field, is_lacking, what, remedy in lacks:
-        if is_lacking:
-            raise ContractError(f"train.{field}: {getattr(train, field)!r}, but {dataset} {what}; {remedy}")
+    for is_wanted, column, remedy in wanted:
+        if is_wanted and column not in columns:
+            yield column, remedy

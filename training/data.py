@@ -19,7 +19,7 @@ Nothing is handed out of a file before its sha256 was found to be the manifest's
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,16 +29,17 @@ from safetensors.torch import load as load_safetensors
 
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
+from model.crop import decode_crop
 from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
 from training.batch import Batch, BatchBuffers, Columns, Constants
-from training.compatibility import DatasetSpecs, check_agree, check_fields, parse_specs
-from training.crops import decode_crop
+from training.compatibility import DatasetSpecs, check_agree, parse_specs
+from training.conditioning import check_fields
 from training.fields import Fields
 from training.gather import gather
 from training.loader import Batches, Share
 from training.mixture import Mixture, digest_of_shares, shares_of
 from training.part import Part
-from training.row_cache import RowCache, shard_files_of
+from training.row_cache import WANTED_NOW, RowCache, shard_files_of
 from training.rows import UID_NUM_BYTES, Shard
 from training.shard_files import Notes
 
@@ -215,20 +216,30 @@ class TrainingDataset:
         return tuple(part.order(seed).window_at(int(own)) for part, own in zip(self._parts, owns, strict=True))
 
     def due(self, seed: int, position: int) -> dict[str, tuple[Part, DatasetFile]]:
-        """The files of these windows and of the next ones, in the order of need, by sha256."""
+        """The files of these windows and of the next ones, in the order of need, by sha256; others are closed."""
         self._now = self._now or (seed, position)  # fetching ahead begins before the first batch does
         owns = self._mixture(seed).before(position)
         due = [(part, file) for part, own in zip(self._parts, owns, strict=True) for file in part.due(seed, int(own))]
-        return {file.sha256: (part, file) for part, file in due}
+        found = {file.sha256: (part, file) for part, file in due}
+        self._close_all_but(found)
+        return found
 
     def needs(self) -> dict[str, int]:
-        """When each file is needed next, in windows, as seen from the last batch that was begun; by its sha256."""
+        """When each file is needed next, in windows, as seen from the last batch that was begun; by its sha256.
+
+        Those of neither this window nor the next one are closed, so that a cache may evict them.
+        """
         seed, position = self._now or (0, 0)
         owns = self._mixture(seed).before(position)
         needs: dict[str, int] = {}
         for part, own in zip(self._parts, owns, strict=True):
             needs |= part.needs(seed, int(own))
+        self._close_all_but({sha256 for sha256, due in needs.items() if due <= WANTED_NOW})
         return needs
+
+    def _close_all_but(self, sha256s: Container[str]) -> None:
+        for part in self._parts:
+            part.close_all_but(sha256s)
 
 
 def _addresses(shards: list[Shard], which: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -300,7 +311,7 @@ def open_dataset(
     specs = {prefix: parse_specs(manifest, store.uri_of(prefix)) for prefix, manifest in manifests.items()}
     check_agree({store.uri_of(prefix): its for prefix, its in specs.items()})
     for prefix, its in specs.items():
-        check_fields(its, fields, store.uri_of(prefix))
+        check_fields(fields, its.columns, store.uri_of(prefix))
         if not sum(file.num_rows for file in manifests[prefix].files("rows", split="train")):
             raise ContractError(
                 f"{store.uri_of(prefix)}: the dataset has no training rows; select more, or hold out fewer"

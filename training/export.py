@@ -22,11 +22,11 @@ from infra.channels import ChannelPointer, MayReplace, move_channel, pointer_to,
 from infra.child import emit, run_as_child
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
+from model.base_files import local_files
 from model.base_weights import BASE_NAME
 from model.encoders import CLIP_CONFIG_NAME, load_text_encoder, load_vae
 from model.single_file import export_single_file, ldm_gaps
 from model.weights import export_diffusers
-from preprocessing.contracts.bases import local_files
 from preprocessing.contracts.digests import weights_sha256
 from training.config import PublishConfig
 from training.heldout import read_manifest

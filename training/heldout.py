@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
+from model.crop import decode_crop
 from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
-from training.crops import decode_crop
 from training.row_cache import shard_files_of
 from training.shard_files import Notes
 

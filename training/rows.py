@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import ContractError
+from preprocessing.contracts.raw_pages import MAX_HEADER_BYTES, find_chunk
 from training.shard_files import OpenFile
 
 LOGGER = logging.getLogger(__name__)
@@ -26,8 +27,6 @@ LOGGER = logging.getLogger(__name__)
 UID_COLUMN = "uid"
 UID_NUM_BYTES = 16
 """A uid is 128 bits, in files as 32 lower-case hexadecimal digits."""
-
-_MAX_PAGE_HEADER_BYTES = 1 << 12
 
 
 class Shard:
@@ -154,46 +153,31 @@ class Shard:
 
     def _map(self, name: str, width: int) -> np.ndarray | None:
         """The values where they lie in the file; None where the arithmetic does not hold."""
-        page = self._only_page(name)
-        if page is None or len(page) != self.num_rows * width:
+        values = self._raw_values(name)
+        if values is None or len(values) != self.num_rows * width:
             return None
-        mapped = page.reshape(self.num_rows, width)
+        mapped = values.reshape(self.num_rows, width)
         first = next(self._parquet.iter_batches(1, columns=[name])).column(0)[0]
         return mapped if mapped[0].tobytes() == first.as_py() else None
 
     def _map_images(self) -> list[np.ndarray] | None:
-        page = self._only_page("image")
-        if page is None:
+        values = self._raw_values("image")
+        if values is None:
             return None
-        values, at = [], 0
-        while at + 4 <= len(page) and len(values) < self.num_rows:
-            end = at + 4 + int.from_bytes(page[at : at + 4].tobytes(), "little")
-            values.append(page[at + 4 : end])
+        images, at = [], 0
+        while at + 4 <= len(values) and len(images) < self.num_rows:
+            end = at + 4 + int.from_bytes(values[at : at + 4].tobytes(), "little")
+            images.append(values[at + 4 : end])
             at = end
-        return values if at == len(page) and len(values) == self.num_rows else None
+        return images if at == len(values) and len(images) == self.num_rows else None
 
-    def _only_page(self, name: str) -> np.ndarray | None:
-        """The bytes of the values of a column chunk that is one uncompressed PLAIN page of a required column.
-
-        Footers do not say that there is one page only, hence the look at the first page's own header: if its values are
-        all that the chunk holds beside one header, there is no other page.
-        """
-        metadata = self._parquet.metadata
-        if metadata.num_row_groups != 1 or self.num_rows == 0:
+    def _raw_values(self, name: str) -> np.ndarray | None:
+        """The bytes of all values of a column where they lie in the file; None where its layout is another."""
+        chunk = find_chunk(self._parquet.metadata, name)
+        if chunk is None:
             return None
-        chunk = metadata.row_group(0).column(self._parquet.schema_arrow.get_field_index(name))
-        column = metadata.schema.column(self._parquet.schema_arrow.get_field_index(name))
-        if chunk.compression != "UNCOMPRESSED" or chunk.path_in_schema != name or chunk.has_dictionary_page:
-            return None
-        if column.max_definition_level or column.max_repetition_level or not set(chunk.encodings) <= {"PLAIN", "RLE"}:
-            return None
-        begin, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
-        if not 0 <= begin < end <= len(self._memory):
-            return None
-        num_bytes = _page_num_bytes(self._memory[begin : begin + _MAX_PAGE_HEADER_BYTES].tobytes())
-        if num_bytes is None or not 0 < end - begin - num_bytes <= _MAX_PAGE_HEADER_BYTES:
-            return None
-        return self._memory[end - num_bytes : end]
+        begin = chunk.values_begin(self._memory[chunk.begin : chunk.begin + MAX_HEADER_BYTES].tobytes())
+        return None if begin is None or chunk.end > len(self._memory) else self._memory[begin : chunk.end]
 
 
 def decode_column(file: pq.ParquetFile, name: str, width: int) -> np.ndarray:
@@ -201,24 +185,3 @@ def decode_column(file: pq.ParquetFile, name: str, width: int) -> np.ndarray:
     values = file.read([name]).column(name).combine_chunks()
     raw = np.frombuffer(values.buffers()[1], dtype=np.uint8)
     return raw[values.offset * width : (values.offset + len(values)) * width].reshape(len(values), width)
-
-
-def _page_num_bytes(header: bytes) -> int | None:
-    """The bytes behind a page's header, by its first fields: kind, size, compressed size, in Thrift's compact form.
-
-    Source: apache/parquet-format `parquet.thrift`, `PageHeader`; apache/thrift `thrift-compact-protocol.md`.
-    """
-    numbers, at = [], 0
-    for _ in range(3):
-        if at >= len(header) or header[at] != 0x15:  # the next field, an i32
-            return None
-        at, shift, number = at + 1, 0, 0
-        while at < len(header):
-            byte = header[at]
-            number |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                break
-        numbers.append((number >> 1) ^ -(number & 1))
-    kind, size, compressed_size = numbers
-    return size if kind == 0 and size == compressed_size else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import unquote, urlsplit
 
-from model.base_files import BaseFiles, choose_files, is_weight_file, list_names
+from model.base_files import BaseFiles, is_weight_file, local_files
 from preprocessing.contracts.digests import canonical_json, file_sha256
 
 CONVERSION_VERSION: Final = 1
@@ -90,19 +90,6 @@ def _local(base: str, path: Path, pin: str | None) -> BaseSource:
             "s3:// URI of one"
         )
     return BaseSource(base, "local", path, pin)
-
-
-def local_files(path: Path) -> tuple[Path, BaseFiles]:
-    """Which files of a local source are read: the folder that they lie in, and their names.
-
-    Raises:
-        ValueError: Something is missing.
-    """
-    if path.is_dir():
-        return path, choose_files(list_names(path), str(path))
-    if not is_weight_file(path.name):
-        raise ValueError(f"model.base: {str(path)!r} is no weight file; give a .safetensors or .ckpt file, or a folder")
-    return path.parent, choose_files(list_names(path.parent), str(path), single=path.name)
 
 
 def files_sha256(folder: Path, files: BaseFiles) -> dict[str, str]:

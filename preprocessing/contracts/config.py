@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from model.base_files import local_files
 from model.specs import MASK_FAMILIES, USER_FAMILY, LatentSpec, TextSpec
 from preprocessing.contracts.bases import (
     CACHE_VARIABLE,
@@ -19,7 +20,6 @@ from preprocessing.contracts.bases import (
     cache_folder,
     find_converted,
     is_in_place,
-    local_files,
     parse_base,
 )
 
@@ -210,7 +210,7 @@ class DownloadConfig(Config):
         default=0.0,
         ge=0,
         le=1,
-        description="Gate on downloaded / selected rows (exit code 3).",
+        description="Gate on downloaded / selected rows (exit code 3); below it the dataset is not complete.",
         json_schema_extra=NOT_IN_DIGEST,
     )
     min_shard_success_rate: float = Field(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from model.crop import CropBox, central_square
+from model.crop import CropBox, central_square, decode_crop
 from preprocessing.contracts.reasons import Reason
 
 Refused = list[tuple[str, str, str, str]]
@@ -79,10 +79,4 @@ def keep(crop: np.ndarray, image: str, image_quality: int) -> tuple[np.ndarray, 
         Image.fromarray(crop).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
         return crop, buffer.getvalue()
     Image.fromarray(crop).save(buffer, "JPEG", quality=image_quality)
-    return decode_kept(buffer.getvalue()), buffer.getvalue()
-
-
-def decode_kept(data: bytes) -> np.ndarray:
-    """The crop that `keep` encoded: (side, side, 3) uint8."""
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.array(picture.convert("RGB"))
+    return decode_crop(buffer.getvalue()), buffer.getvalue()

@@ -90,6 +90,9 @@ class Prepared:
 def encode_rows(rows: pa.Table, encoders: Encoders, batch_size: int) -> tuple[pa.Table, pa.Table]:
     """The kernel: downloaded rows in, training rows and refused rows out; no I/O.
 
+    The stage calls its two halves instead, `prepare` and `encode`, to prepare a batch while the one before it is
+    encoded. Here they take turns: the same rows come out, and every test of them can be one call.
+
     Args:
         rows: In the ``DOWNLOADED`` schema.
         encoders: The models.
@@ -130,7 +133,7 @@ def prepare(rows: pa.Table, encoders: Encoders) -> Prepared:
 
 def prepare_crops(crops: Crops, encoders: Encoders) -> Prepared:
     """`prepare`, of pictures that are cut already."""
-    from model.masks import draw_masks_of, to_latent_mask
+    from model.masks import draw_masks_of, pack_masks, to_latent_mask
 
     latent, config = encoders.latent_spec, encoders.config
     uids = crops.rows.column("uid").to_pylist()
@@ -141,7 +144,7 @@ def prepare_crops(crops: Crops, encoders: Encoders) -> Prepared:
     if uids:
         for k in range(encoders.mask_spec.num_variants):
             drawn = draw_masks_of(encoders.mask_spec, uids, k, encoders.mask_bank)
-            columns[f"mask_{k}"] = np.packbits(to_latent_mask(drawn, latent.factor).reshape(len(drawn), -1), axis=1)
+            columns[f"mask_{k}"] = pack_masks(to_latent_mask(drawn, latent.factor))
             masks.append(drawn)
         token_ids = encoders.text.tokenize(crops.rows.column("caption").to_pylist()).numpy()
     if "token_ids" in config.text_columns:

@@ -1,9 +1,8 @@
 """Looking around in a real store: what a URI names, and which rows a dataset has."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,33 +13,23 @@ from infra.errors import ContractError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage
+from tests.preprocessing.given import GivenTables
 
 
-class _Rows:
-    """A stage of two shards of given uids."""
+class _Rows(GivenTables):
+    """An encode stage of two shards of given uids, each of which refuses a row as well."""
 
-    name = "encode"
-    version = 1
-    parents: dict[str, str] = {"download": "d" * 64}  # noqa: RUF012 - never changed
-    config: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    num_shards = 2
+    name, parents = "encode", {"download": "d" * 64}
 
     def __init__(self, digest: str, uids: Sequence[str]) -> None:
+        super().__init__([pa.table({"uid": pa.array(uids[start::2], pa.string())}) for start in range(2)])
         self.digest = digest
-        self._uids = uids
 
-    def specs(self) -> dict[str, dict[str, Any]]:
-        return {}
-
-    def write_extra_files(self, folder: Path) -> Sequence[Path]:
-        return ()
-
-    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        for index in indices:
-            uids = self._uids[index::2]
-            table = pa.table({"uid": pa.array(uids, pa.string())})
-            rows = RowsFile(f"train-{index:05d}.parquet", table, split="train")
-            yield ShardOutput(index, len(uids) + 1, (rows,), rejects_table([f"r{index}"], [None], ["no_url"], [None]))
+    def output(self, index: int) -> ShardOutput:
+        table = self.tables[index]
+        rows = RowsFile(f"train-{index:05d}.parquet", table, split="train")
+        rejects = rejects_table([f"r{index}"], [None], ["no_url"], [None])
+        return ShardOutput(index, table.num_rows + 1, (rows,), rejects)
 
 
 def _made(store: ObjectStore, digit: str, uids: Sequence[str]) -> tuple[str, Manifest]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from model.encoders import (
     TextEncoder,
-    encode_masked_moments,
     encode_stored_moments,
     encode_stored_text,
     images_to_pixels,
@@ -90,7 +89,7 @@ def test_online_is_what_encoding_stores(vae: AutoencoderKL, text: TextEncoder):
     masks = torch.from_numpy(draw_masks_of(_specs(text).masks, batch.uids, 2))
     stored: dict[str, Tensor] = {
         "moments": encode_stored_moments(vae, pixels),
-        "masked_moments": encode_masked_moments(vae, pixels, masks),
+        "masked_moments": encode_stored_moments(vae, pixels, masks),
         "text_embeddings": encode_stored_text(text, batch.token_ids),
     }
     is_replaced = torch.arange(NUM_ROWS) % 4 == 0

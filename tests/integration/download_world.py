@@ -4,6 +4,7 @@ and what must come out of it.
     python -m tests.integration.download_world ROOT SELECT_DIGEST CONFIG [ACTION OPERATION]
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from infra.storage import FileEntry, ObjectInfo, ObjectStore, sha256_of_bytes
 from infra.storage_folder import FolderStore
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
-from preprocessing.demo.server import awkward_path, picture_path
+from preprocessing.demo.server import awkward_path, picture_path, running_server
 from preprocessing.download.stage import DownloadStage
 from preprocessing.stage import load_manifest, run_stage
 from tests.preprocessing.given import Given
@@ -42,6 +44,7 @@ CONFIG = DownloadConfig.model_validate(
         "stall_timeout_s": 40,
     }
 )
+HANG_S = 60 * float(os.environ.get("LACUNA_BUSY_FACTOR", "1"))  # a machine shared with others is no hang
 _AWKWARD = ("missing", "html", "truncated", "opted_out")
 _BEFORE, _AFTER, _FAIL, _NEVER = "die-before", "die-after", "fail", "never"
 ACTIONS = (_BEFORE, _AFTER)
@@ -149,6 +152,31 @@ def look_at(root: Path, digest: str) -> Found:
     return Found(frozenset(arrived), frozenset(refused), hashes)
 
 
+@dataclass(frozen=True)
+class World:
+    """A server that runs, and what an undisturbed run makes of it."""
+
+    folder: Path
+    port: int
+    digest: str
+    whole: Found
+    num_operations: int
+
+    def fresh(self, name: str) -> tuple[Path, Manifest]:
+        """A store of its own for another run, and what stands in it to be downloaded."""
+        root = self.folder / name
+        return root, select_rows(root, self.port)
+
+
+@contextlib.contextmanager
+def undisturbed(folder: Path) -> Iterator[World]:
+    """A server, as long as this lasts, and one run in this process."""
+    with running_server() as port:
+        store = DisturbedStore(folder / "whole")
+        digest = download(store, select_rows(store.root, port)).digest
+        yield World(folder, port, digest, look_at(store.root, digest), store.num_operations)
+
+
 def start(
     root: Path,
     selected: Manifest,
@@ -175,6 +203,29 @@ def start(
 def scratch_of(root: Path) -> Path:
     """Where the processes of a run keep their files: their arguments name it, so they can be told by it."""
     return root.with_name(f"{root.name}-scratch")
+
+
+def processes_of(root: Path) -> dict[int, int]:
+    """Process → its parent, of what names a run's scratch folder in its arguments, and of what that has started."""
+    parents, found = {}, set()
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes()
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if str(scratch_of(root)).encode() in words:
+            found.add(int(process.name))
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: parents[pid] for pid in found}
+
+
+def wait_until_none_is_left(root: Path) -> None:
+    deadline = time.monotonic() + HANG_S
+    while left := processes_of(root):
+        assert time.monotonic() < deadline, f"{left} outlive their run"
+        time.sleep(0.05)
 
 
 def main(root: str, digest: str, config: str, action: str, operation: str) -> int:

@@ -15,95 +15,51 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from infra.storage_folder import FolderStore
 from preprocessing.contracts.manifest import Manifest
-from preprocessing.demo.server import running_server
 from preprocessing.download.stage import DownloadStage
 from tests.integration.download_world import (
     ACTIONS,
     CONFIG,
-    DisturbedStore,
-    Found,
+    HANG_S,
+    World,
     download,
     look_at,
-    scratch_of,
-    select_rows,
+    processes_of,
     start,
+    undisturbed,
+    wait_until_none_is_left,
 )
 
 SHORT_STEP = 9
-NUM_GROUP_KILLS = 300
-NUM_SINGLE_KILLS = 100
-_HANG_S = 60.0
-_BUSY = float(os.environ.get("LACUNA_BUSY_FACTOR", "1"))  # a machine shared with others is no hang
-
-
-@dataclass(frozen=True)
-class World:
-    """A server that runs, and what an undisturbed run makes of it."""
-
-    folder: Path
-    port: int
-    digest: str
-    whole: Found
-    num_operations: int
-    duration_s: float
-
-    def fresh(self, name: str) -> tuple[Path, Manifest]:
-        root = self.folder / name
-        return root, select_rows(root, self.port)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("crash")
-    with running_server() as port:
-        root = folder / "whole"
-        selected = select_rows(root, port)
-        store = DisturbedStore(root)
-        digest = download(store, selected).digest
-        started = time.monotonic()
-        other = folder / "second"
-        finish(other, select_rows(other, port))
-        duration_s = time.monotonic() - started
-        whole = look_at(root, digest)
-        assert look_at(other, digest) == whole
-        yield World(folder, port, digest, whole, store.num_operations, duration_s)
+    with undisturbed(tmp_path_factory.mktemp("crash")) as found:
+        yield found
 
 
-def processes_of(root: Path) -> dict[int, int]:
-    """Process → its parent, of what names a run's scratch folder in its arguments, and of what that has started."""
-    parents, found = {}, set()
-    for process in Path("/proc").iterdir():
-        try:
-            words = (process / "cmdline").read_bytes()
-            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if str(scratch_of(root)).encode() in words:
-            found.add(int(process.name))
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: parents[pid] for pid in found}
-
-
-def wait_until_none_is_left(root: Path) -> None:
-    deadline = time.monotonic() + _HANG_S * _BUSY
-    while left := processes_of(root):
-        assert time.monotonic() < deadline, f"{left} outlive their run"
-        time.sleep(0.05)
+@pytest.fixture(scope="module")
+def duration_s(world: World) -> float:
+    """What a run in a process takes that nothing disturbs; it makes the same as one in ours."""
+    root, selected = world.fresh("second")
+    started = time.monotonic()
+    finish(root, selected)
+    duration_s = time.monotonic() - started
+    assert look_at(root, world.digest) == world.whole
+    return duration_s
 
 
 def finish(root: Path, selected: Manifest) -> None:
     """Runs to the end, in at most a minute."""
     child = start(root, selected)
     try:
-        _, said = child.communicate(timeout=_HANG_S * _BUSY)
+        _, said = child.communicate(timeout=HANG_S)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         pytest.fail("hangs")
@@ -113,7 +69,7 @@ def finish(root: Path, selected: Manifest) -> None:
 def die_and_go_on(world: World, action: str, operation: int) -> bool:
     root, selected = world.fresh(f"{action}-{operation}")
     child = start(root, selected, (action, operation))
-    child.communicate(timeout=_HANG_S * _BUSY)
+    child.communicate(timeout=HANG_S)
     assert child.returncode == -signal.SIGKILL
     wait_until_none_is_left(root)
     download(FolderStore(root), selected)
@@ -184,14 +140,14 @@ def test_the_bound() -> None:
     assert upper_bound(10, 10) == pytest.approx(1.0)
 
 
-def kill_a_group(world: World, number: int, draws: random.Random) -> bool:
+def kill_a_group(world: World, duration_s: float, number: int, draws: random.Random) -> bool:
     """Kills a run's group at a random moment, in every fourth trial the next run's, too. Whether one was hit."""
     root, selected = world.fresh(f"group-{number}-{draws.random()}")
     num_hit = 0
     for _ in range(1 if draws.random() < 0.75 else 2):
         child = start(root, selected)
         try:
-            _, said = child.communicate(timeout=draws.uniform(0.2, 1.0) * world.duration_s)
+            _, said = child.communicate(timeout=draws.uniform(0.2, 1.0) * duration_s)
             assert child.returncode == 0, said[-2000:]
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
@@ -204,7 +160,7 @@ def kill_a_group(world: World, number: int, draws: random.Random) -> bool:
     return num_hit > 0
 
 
-def kill_one_child(world: World, number: int, draws: random.Random) -> bool:
+def kill_one_child(world: World, duration_s: float, number: int, draws: random.Random) -> bool:
     """Kills one of the processes that the run has started; the run, or the next, makes the same. Whether one was hit.
 
     A run whose helper was killed may end with exit code 4, the world's fault, and then the next run goes on.
@@ -213,7 +169,7 @@ def kill_one_child(world: World, number: int, draws: random.Random) -> bool:
     child = start(root, selected)
     while child.poll() is None and not processes_of(root):
         time.sleep(0.01)
-    time.sleep(draws.uniform(0, 0.4) * world.duration_s)  # into the life of what it has started
+    time.sleep(draws.uniform(0, 0.4) * duration_s)  # into the life of what it has started
     victims = sorted(processes_of(root))
     hit = bool(victims)
     if hit:
@@ -222,7 +178,7 @@ def kill_one_child(world: World, number: int, draws: random.Random) -> bool:
         except ProcessLookupError:
             hit = False
     try:
-        _, said = child.communicate(timeout=_HANG_S * _BUSY)
+        _, said = child.communicate(timeout=HANG_S)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         pytest.fail("hangs after one of its processes was killed")
@@ -235,39 +191,47 @@ def kill_one_child(world: World, number: int, draws: random.Random) -> bool:
     return hit
 
 
+Kill = Callable[[World, float, int, random.Random], bool]
+
+
 @pytest.mark.timeout(600)
-def test_killed_groups_and_killed_children(world: World) -> None:
+@pytest.mark.parametrize("kill", [kill_a_group, kill_one_child])
+def test_some_kills(world: World, duration_s: float, kill: Kill) -> None:
     draws = random.Random(1)
-    assert any(kill_a_group(world, number, draws) for number in range(5))
-    assert any(kill_one_child(world, number, draws) for number in range(5))
+    assert any(kill(world, duration_s, number, draws) for number in range(5))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
-def test_killed_groups(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("kill", "what", "variable", "num_kills"),
+    [
+        (kill_a_group, "the process group", "LACUNA_GROUP_KILLS", 300),
+        (kill_one_child, "a single process", "LACUNA_CHILD_KILLS", 100),
+    ],
+    ids=["groups", "children"],
+)
+def test_many_kills(
+    world: World,
+    duration_s: float,
+    capsys: pytest.CaptureFixture[str],
+    kill: Kill,
+    what: str,
+    variable: str,
+    num_kills: int,
+) -> None:
     seed = int(os.environ.get("LACUNA_SEED", time.time()))
-    num_kills = int(os.environ.get("LACUNA_GROUP_KILLS", NUM_GROUP_KILLS))
+    num_kills = int(os.environ.get(variable, num_kills))
     draws, campaign = random.Random(seed), Campaign()
     for number in itertools.takewhile(lambda _: campaign.num_trials < num_kills, itertools.count()):
-        campaign.run(lambda number=number: kill_a_group(world, number, draws))
-    campaign.end(capsys, f"SIGKILLs of the process group (seed {seed})")
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(6 * 3600)
-def test_killed_children(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    seed = int(os.environ.get("LACUNA_SEED", time.time()))
-    num_kills = int(os.environ.get("LACUNA_CHILD_KILLS", NUM_SINGLE_KILLS))
-    draws, campaign = random.Random(seed), Campaign()
-    for number in itertools.takewhile(lambda _: campaign.num_trials < num_kills, itertools.count()):
-        campaign.run(lambda number=number: kill_one_child(world, number, draws))
-    campaign.end(capsys, f"SIGKILLs of a single process (seed {seed})")
+        campaign.run(lambda number=number: kill(world, duration_s, number, draws))
+    campaign.end(capsys, f"SIGKILLs of {what} (seed {seed})")
 
 
 def test_two_runs_at_once_end_with_one_dataset(world: World) -> None:
     root, selected = world.fresh("twice")
     runs = [start(root, selected), start(root, selected)]
-    said = [run.communicate(timeout=_HANG_S * _BUSY) for run in runs]
+    said = [run.communicate(timeout=HANG_S) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert look_at(root, world.digest) == world.whole
     again = DownloadStage(FolderStore(root), selected, CONFIG)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,44 +19,31 @@ import pytest
 from infra.errors import TransientError
 from infra.storage_folder import FolderStore
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
-from preprocessing.demo.server import running_server
 from preprocessing.download.stage import DownloadStage
 from preprocessing.stage import find_manifest, find_report
 from tests.integration.download_world import (
     CONFIG,
     NUM_SHARDS,
     DisturbedStore,
-    Found,
+    World,
     download,
     fail_at,
     look_at,
+    processes_of,
     select_rows,
     start,
+    undisturbed,
+    wait_until_none_is_left,
 )
-from tests.integration.test_download_crash import processes_of, wait_until_none_is_left
 
 _LONGEST_S = 240.0
 _FAILING_STEP = 11
 
 
-@dataclass(frozen=True)
-class World:
-    """A server that runs, and what an undisturbed run makes of it."""
-
-    folder: Path
-    port: int
-    digest: str
-    whole: Found
-    num_operations: int
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("faults")
-    with running_server() as port:
-        store = DisturbedStore(folder / "whole")
-        digest = download(store, select_rows(store.root, port)).digest
-        yield World(folder, port, digest, look_at(store.root, digest), store.num_operations)
+    with undisturbed(tmp_path_factory.mktemp("faults")) as found:
+        yield found
 
 
 @contextlib.contextmanager
@@ -117,8 +103,7 @@ def test_a_full_store(world: World) -> None:
 
 def test_a_full_scratch_disk(world: World) -> None:
     with mounted(world.folder / "small-scratch", "1m") as disk:
-        root = world.folder / "scratch-is-full"
-        selected = select_rows(root, world.port)
+        root, selected = world.fresh("scratch-is-full")
         for leave_bytes in (8 << 10, 40 << 10):  # with no room at all, Python takes another folder
             filler = fill(disk, leave_bytes)
             child = start(root, selected, scratch=disk)
@@ -137,8 +122,7 @@ def test_a_full_scratch_disk(world: World) -> None:
 @pytest.mark.parametrize("longest_file_bytes", [512, 4096])
 def test_files_that_cannot_grow(world: World, longest_file_bytes: int) -> None:
     """As a quota would have it: each write beyond a length is an error, in the run and in all that it starts."""
-    root = world.folder / f"limited-{longest_file_bytes}"
-    selected = select_rows(root, world.port)
+    root, selected = world.fresh(f"limited-{longest_file_bytes}")
     child = start(root, selected)
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (longest_file_bytes, longest_file_bytes))
     _, said = child.communicate(timeout=_LONGEST_S)
@@ -162,8 +146,7 @@ def test_a_store_that_becomes_read_only(world: World) -> None:
 def fail_and_go_on(world: World, operations: Iterator[int]) -> int:
     num_failed = 0
     for operation in operations:
-        root = world.folder / f"fails-{operation}"
-        selected = select_rows(root, world.port)
+        root, selected = world.fresh(f"fails-{operation}")
         store = DisturbedStore(root, fail_at(operation))
         with pytest.raises(TransientError, match="injected"):
             download(store, selected)

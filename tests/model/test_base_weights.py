@@ -435,6 +435,15 @@ def test_several_single_files_are_refused(tmp_path: Path):
         convert_base(tmp_path, tmp_path / "base")
 
 
+def test_what_is_not_there_and_what_holds_no_weights_is_refused(tmp_path: Path):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"readme\.txt' is no weight file; give a \.safetensors"):
+        convert_base(tmp_path / "readme.txt", tmp_path / "base")
+    with pytest.raises(ValueError, match=r"nothing\.ckpt' is neither a folder nor a file"):
+        convert_base(tmp_path / "nothing.ckpt", tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ strangers
 
 _U = "model.diffusion_model."

@@ -20,7 +20,7 @@ from model.masks import (
     draw_mask,
     draw_masks,
     draw_masks_of,
-    pack_mask,
+    pack_masks,
     to_latent_mask,
     unpack_mask,
 )
@@ -255,14 +255,15 @@ def test_latent_mask_is_nearest_neighbor():
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.integers(1, 9), st.integers(1, 9), st.randoms(use_true_random=False))
-def test_packing_round_trip(height, width, random):
-    mask = np.array([[random.randint(0, 1) for _ in range(width)] for _ in range(height)], dtype=np.uint8)
-    data = pack_mask(mask)
-    assert len(data) == (height * width + 7) // 8
-    assert np.array_equal(unpack_mask(data, (height, width)), mask)
-    with pytest.raises(ValueError, match="packed"):
-        unpack_mask(data + b"\0", (height, width))
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_packing_round_trip(num_masks, height, width, seed):
+    masks = np.random.default_rng(seed).integers(0, 2, (num_masks, height, width), np.uint8)
+    packed = pack_masks(masks)
+    assert packed.shape == (num_masks, (height * width + 7) // 8)
+    for mask, data in zip(masks, packed, strict=True):
+        assert np.array_equal(unpack_mask(data.tobytes(), (height, width)), mask)
+        with pytest.raises(ValueError, match="packed"):
+            unpack_mask(data.tobytes() + b"\0", (height, width))
 
 
 def test_a_spec_names_its_masks():

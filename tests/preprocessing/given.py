@@ -1,4 +1,4 @@
-"""A selection that is given: what `select` would have made of some URLs."""
+"""Stages whose rows are given: what comes after them can be tried without making these."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,19 +11,22 @@ from preprocessing.contracts.schemas import SELECTED
 from preprocessing.stage import RowsFile, ShardOutput, rejects_table
 
 
-class Given:
-    """A stage whose shards are given: what `select` would have made of the URLs."""
+class GivenTables:
+    """A stage whose shards are tables that are given, and that refuses nothing.
 
-    name = "select"
+    Args:
+        tables: One a shard.
+    """
+
+    name: str
     version = 1
-    parents: dict[str, str] = {}  # noqa: RUF012 - read only
-    config: dict[str, Any] = {}  # noqa: RUF012 - read only
+    digest: str
+    parents: dict[str, str]
 
-    def __init__(self, shards: Sequence[Sequence[str]], **columns: object) -> None:
-        self.digest = uid_of(repr((shards, columns)), "") * 2
-        self.num_shards = len(shards)
-        self._shards = shards
-        self._columns = columns
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        self.config: dict[str, Any] = {}
+        self.num_shards = len(tables)
+        self.tables = tables
 
     def specs(self) -> dict[str, dict[str, Any]]:
         return {}
@@ -32,11 +35,22 @@ class Given:
         return ()
 
     def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        for index in indices:
-            table = rows_of(self._shards[index], **self._columns)
-            yield ShardOutput(
-                index, table.num_rows, (RowsFile(f"shard-{index:05d}.parquet", table),), rejects_table([], [], [], [])
-            )
+        return map(self.output, indices)
+
+    def output(self, index: int) -> ShardOutput:
+        table = self.tables[index]
+        rows = RowsFile(f"shard-{index:05d}.parquet", table)
+        return ShardOutput(index, table.num_rows, (rows,), rejects_table([], [], [], []))
+
+
+class Given(GivenTables):
+    """What `select` would have made of some URLs, shard by shard; further columns have one value for all."""
+
+    name, parents = "select", {}
+
+    def __init__(self, shards: Sequence[Sequence[str]], **columns: object) -> None:
+        super().__init__([rows_of(urls, **columns) for urls in shards])
+        self.digest = uid_of(repr((shards, columns)), "") * 2
 
 
 def rows_of(urls: Sequence[str], **columns: object) -> pa.Table:

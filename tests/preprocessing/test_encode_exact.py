@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 from infra.storage import open_store
-from model.crop import central_square
+from model.crop import central_square, decode_crop
 from model.encoders import (
     decode_latents,
-    encode_masked_moments,
     encode_stored_moments,
     encode_stored_text,
     images_to_pixels,
@@ -31,7 +30,6 @@ from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.digests import weights_sha256
 from preprocessing.contracts.reasons import Reason
 from preprocessing.encode.batches import BatchSize
-from preprocessing.encode.crops import decode_kept
 from preprocessing.encode.kernel import Encoders, encode_rows
 from preprocessing.encode.models import load_encoders
 from preprocessing.encode.stage import EncodeStage
@@ -92,7 +90,7 @@ def _moments(table: pa.Table, name: str) -> torch.Tensor:
 
 
 def _pixels(table: pa.Table) -> torch.Tensor:
-    return images_to_pixels(np.stack([decode_kept(image) for image in table.column("image").to_pylist()]))
+    return images_to_pixels(np.stack([decode_crop(image) for image in table.column("image").to_pylist()]))
 
 
 @pytest.mark.parametrize(("batch_size", "num_threads"), [(1, 1), (3, 2), (16, 1), (40, 2), (64, 3)])
@@ -138,9 +136,9 @@ def test_masked_moments_are_an_encode_on_the_spot(load: LoadEncoders, stored: pa
     uids = stored.column("uid").to_pylist()
     for k in range(NUM_VARIANTS):
         masks = torch.from_numpy(np.stack([draw_mask("lama_train_256", SIDE_PX, 0, uid, k) for uid in uids]))
-        assert torch.equal(encode_masked_moments(encoders.vae, pixels, masks), _moments(stored, f"masked_moments_{k}"))
+        assert torch.equal(encode_stored_moments(encoders.vae, pixels, masks), _moments(stored, f"masked_moments_{k}"))
         for row in (0, 20):  # one at a time, as few as a step may have
-            one = encode_masked_moments(encoders.vae, pixels[row : row + 1], masks[row : row + 1].float()[:, None])
+            one = encode_stored_moments(encoders.vae, pixels[row : row + 1], masks[row : row + 1].float()[:, None])
             assert torch.equal(one[0], _moments(stored, f"masked_moments_{k}")[row])
     assert torch.equal(encode_stored_moments(encoders.vae, pixels), _moments(stored, "moments"))
 
@@ -148,7 +146,7 @@ def test_masked_moments_are_an_encode_on_the_spot(load: LoadEncoders, stored: pa
 def test_a_picture_that_is_all_hole_is_the_constant(load: LoadEncoders, stored: pa.Table):
     vae, ones = load().vae, torch.ones(2, SIDE_PX, SIDE_PX, dtype=torch.uint8)
     constant = encode_stored_moments(vae, torch.zeros(1, 3, SIDE_PX, SIDE_PX))[0]
-    for made in encode_masked_moments(vae, _pixels(stored.slice(0, 2)), ones):
+    for made in encode_stored_moments(vae, _pixels(stored.slice(0, 2)), ones):
         assert made.numpy().tobytes() == constant.numpy().tobytes()
 
 
@@ -174,7 +172,7 @@ def test_a_caption_stands_in_the_row_of_its_picture(load: LoadEncoders, rows: pa
         assert row["text_embeddings"] == text[position].numpy().tobytes()
         assert row["token_ids"] == ids[position].numpy().astype("<u2").tobytes()
         crop, box = central_square(draw(scene_at(5, index)), SIDE_PX)
-        assert np.array_equal(decode_kept(row["image"]), crop)
+        assert np.array_equal(decode_crop(row["image"]), crop)
         assert (row["crop_top"], row["crop_left"]) == (box.top, box.left)
     captions = rows.column("caption").to_pylist()
     swapped = rows.set_column(
@@ -192,7 +190,7 @@ def test_the_mean_decodes_to_about_the_crop(load: LoadEncoders, stored: pa.Table
     vae = load().vae
     scaling_factor = float(vae.config["scaling_factor"])
     decoded = decode_latents(vae, mean_latents(_moments(stored, "moments"), scaling_factor), scaling_factor)
-    crops = np.stack([decode_kept(image) for image in stored.column("image").to_pylist()])
+    crops = np.stack([decode_crop(image) for image in stored.column("image").to_pylist()])
     mse = np.square(pixels_to_images(decoded).numpy().astype(float) - crops).mean(axis=(1, 2, 3))
     psnr = 10 * np.log10(255**2 / mse)
     assert 27 < psnr.mean() < 40

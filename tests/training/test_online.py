@@ -1,15 +1,12 @@
 """What is made while training is what is stored, bit for bit; and what a dataset lacks is said beforehand."""
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -20,15 +17,13 @@ from infra.storage import ObjectStore, open_store
 from model.masks import draw_mask, to_latent_mask
 from model.schedule import alphas_cumprod
 from model.specs import MASK_FAMILIES
-from model.tiny.world import draw as draw_scene
-from model.tiny.world import scene_at
 from model.unet import load_unet, widen_conv_in
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.digests import uid_of
 from preprocessing.contracts.manifest import dataset_prefix, load_manifest
-from preprocessing.contracts.schemas import DOWNLOADED
 from preprocessing.encode.stage import EncodeStage
-from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage
+from preprocessing.stage import run_stage
+from tests.preprocessing.pictures import Downloaded, picture_row, picture_table
 from training.batch import Batch
 from training.conditioning import check_conditioning, encoded_columns, fields_of
 from training.config import TrainConfig
@@ -48,41 +43,6 @@ CPU = torch.device("cpu")
 Encode = Callable[..., str]
 
 
-class _Downloaded:
-    """A download dataset of drawings, put into the store without a network."""
-
-    name, version, digest, parents, config = "download", 1, "d" * 64, {"select": "s" * 64}, {}
-    num_shards = 2
-
-    def specs(self) -> dict[str, dict[str, object]]:
-        return {}
-
-    def write_extra_files(self, folder: Path) -> Sequence[Path]:
-        return []
-
-    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        for index in indices:
-            rows = pa.Table.from_pylist([_row(place) for place in range(index, NUM_ROWS, 2)], schema=DOWNLOADED)
-            yield ShardOutput(
-                index, rows.num_rows, (RowsFile(f"shard-{index:05d}.parquet", rows),), rejects_table([], [], [], [])
-            )
-
-
-def _row(index: int) -> dict[str, object]:
-    scene, buffer, url = scene_at(5, index), io.BytesIO(), f"http://pictures.test/{index}.png"
-    draw_scene(scene).save(buffer, "PNG")
-    return {
-        **dict.fromkeys(DOWNLOADED.names, 1),
-        **dict.fromkeys(("expected_md5", "expected_sha256", "source")),
-        "uid": uid_of(url, scene.caption),
-        "url": url,
-        "caption": scene.caption,
-        "split": "train",
-        "image": buffer.getvalue(),
-        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-    }
-
-
 @pytest.fixture(scope="module")
 def encoded_store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
     return open_store(str(tmp_path_factory.mktemp("encoded")))
@@ -91,7 +51,8 @@ def encoded_store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
 @pytest.fixture(scope="module")
 def encode(encoded_store: ObjectStore, tiny_model: ModelConfig) -> Encode:
     """A function (fields of EncodeConfig) → prefix of the drawings, encoded so."""
-    downloaded = run_stage(encoded_store, _Downloaded())
+    rows = [[picture_row(place, split="train") for place in range(start, NUM_ROWS, 2)] for start in range(2)]
+    downloaded = run_stage(encoded_store, Downloaded([picture_table(shard) for shard in rows]))
 
     def run(**fields: Any) -> str:
         config = EncodeConfig.model_validate(
@@ -375,5 +336,5 @@ def test_a_run_on_a_dataset_that_lacks_something_is_refused(
     message = f"train.mask_source: 'cached', but {prefix} stores no masks; set it to 'online', or encode with"
     with pytest.raises(ContractError, match=message):
         run_spec(config, encoded_store.uri, prefix, load_manifest(encoded_store, prefix))
-    with pytest.raises(ContractError, match=r"training asks for moments, and .* stores image, token_ids"):
+    with pytest.raises(ContractError, match=r"training asks for mask_0, and .* stores image, token_ids"):
         open_dataset(encoded_store, prefix, tmp_path, fields=fields_of(config.train))
