@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from boto3.session import Session
 from botocore import exceptions as aws
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
 from infra.errors import TransientError
 from infra.storage import ObjectNotFoundError
@@ -46,13 +47,13 @@ _BROKEN_CONNECTION = (
 _AMAZON = re.compile(r"\.(amazonaws\.(com(\.cn)?|eu)|api\.aws)$")
 
 
-def make_client(connect_timeout_s: float = 10, read_timeout_s: float = 60, attempts: int = 5) -> Any:
+def make_client(connect_timeout_s: float = 10, read_timeout_s: float = 60, attempts: int = 1) -> Any:
     """Make an S3 client from boto3's own settings: environment, profile, instance role.
 
     Args:
         connect_timeout_s: How long one attempt to connect may take.
         read_timeout_s: How long the server may be silent.
-        attempts: How often a request is sent in all.
+        attempts: How often a request is sent in all. Once: the store itself sends it again, and knows when to stop.
 
     Returns:
         A boto3 S3 client (boto3 makes its classes at run time, so it has no type).
@@ -115,7 +116,7 @@ def translated_errors(endpoint: str, bucket: str, key: str, uri: str, passed: Co
         if error_code(error) in passed:
             raise
         _raise_named(error, place, key, uri)
-    except _BROKEN_CONNECTION as error:
+    except (*_BROKEN_CONNECTION, ResponseParserError) as error:  # the latter: a listing that was cut
         raise TransientError(f"{place} cannot be reached: {_one_line(error)}") from error
     except _NO_CREDENTIALS as error:
         advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"

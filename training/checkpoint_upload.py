@@ -12,7 +12,7 @@ from infra.errors import TransientError
 LOGGER = logging.getLogger(__name__)
 
 RETRY_DELAYS_S: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""Between attempts, beside the store's own retries: two minutes of outage are outlived."""
+"""Between attempts, beside the store's own retries: two minutes of outage are outlived by stores that have none."""
 
 _SIGN_OF_LIFE_S: Final = 5.0
 
