@@ -1,7 +1,15 @@
-"""The whole pipeline through the command line, end to end, on a folder."""
+"""The whole pipeline through the command line, end to end: on a folder, killed and started again, and on S3.
+
+All of it in one file, since all compare with one run of the demo, which takes minutes.
+"""
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +21,18 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from PIL import Image
 
+from infra.storage import open_store
+from model.encoders import load_vae
+from model.unet import load_unet
 from preprocessing.contracts.config import DemoWorldConfig
 from preprocessing.contracts.digests import uid_of
 from preprocessing.contracts.manifest import Manifest
 from preprocessing.demo.metadata import awkward_rows
-from tests.integration.conftest import SMALL, Lacuna, snapshot
+from tests.integration.conftest import SMALL, Lacuna, shard_hashes, snapshot
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = ("select", "download", "encode")
+NUM_KILLS = 10
 
 
 def _manifest(demo: dict[str, Any], stage: str) -> tuple[Path, Manifest]:
@@ -168,3 +180,77 @@ def test_training_on_masks_drawn_online_is_training_on_the_stored_ones(
     assert losses[0] == losses[1]
     error = lacuna.fail("plan", str(demo_root), 2, **{"train.text_source": "token_ids"})
     assert "train.text_source: 'token_ids', but the dataset that `encode` is to make stores no token ids" in error
+
+
+# --------------------------------------------------------------------------------------------------------------- killed
+
+
+def _run_killed(lacuna: Lacuna, root: Path, after_s: float) -> bool:
+    """Starts the command in a group of its own and kills the group after a while; whether it was still running."""
+    child = subprocess.Popen(
+        lacuna.argv("run", str(root)),
+        env=lacuna.environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        child.wait(after_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return True
+    return False
+
+
+def _campaign(demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, root: Path, num_kills: int, seed: int) -> int:
+    draws = random.Random(seed)
+    parts = [*demo["stages"].values(), demo["train"], demo["validation"]]
+    longest_s = 10 + sum(part["seconds"] for part in parts)
+    killed = 0
+    for _ in range(num_kills):
+        killed += _run_killed(lacuna, root, draws.uniform(8, longest_s))
+    result = lacuna.run("run", str(root))
+    own = {Path(uri).parent.name for uri in demo["datasets"].values()}  # other tests add to that store
+    expected = {name: files for name, files in shard_hashes(demo_root).items() if name.partition("/")[2][:16] in own}
+    assert len(expected) == len(own) == 3
+    assert shard_hashes(root) == expected
+    assert result["run_id"] == demo["run_id"]
+    assert result["channel"]
+    return killed
+
+
+def test_killed_and_started_again_is_the_uninterrupted_run(
+    demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, tmp_path: Path
+):
+    assert _campaign(demo, demo_root, lacuna, tmp_path / "store", num_kills=1, seed=1) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_ten_kills(demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, tmp_path: Path, record_property: Any):
+    killed = _campaign(demo, demo_root, lacuna, tmp_path / "store", NUM_KILLS, seed=int(time.time()))
+    record_property("killed_while_running", killed)
+    assert killed >= NUM_KILLS // 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- on S3
+
+
+def test_a_bucket_is_as_good_as_a_folder(
+    demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, s3_root: str, tmp_path: Path
+):
+    there = lacuna.run("run", s3_root)
+    assert {name: summary["digest"] for name, summary in there["stages"].items()} == {
+        name: summary["digest"] for name, summary in demo["stages"].items()
+    }
+    assert there["run_id"] == demo["run_id"]
+    store = open_store(s3_root)
+    here = shard_hashes(demo_root)
+    for uri in there["datasets"].values():
+        manifest = json.loads(store.read(uri.removeprefix(f"{store.uri}/")))
+        files = [(file["name"], file["sha256"]) for shard in manifest["shards"] for file in shard["files"]]
+        assert files == here[f"{manifest['stage']}/{manifest['digest']}"]
+    lacuna.pull("stable", s3_root, tmp_path / "model")
+    assert load_unet(tmp_path / "model" / "diffusers" / "unet").config["in_channels"] == 9
+    load_vae(tmp_path / "model" / "diffusers" / "vae")
