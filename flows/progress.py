@@ -5,8 +5,8 @@ import contextvars
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from typing import Protocol, TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -98,6 +98,31 @@ class Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task("", stage=stage, total=None)
         return self._tasks[stage]
+
+
+def training_text(event: Mapping[str, Any]) -> str:
+    """A training's ``step`` event in a few words: loss, speed, share of the devices' peak where known, time left."""
+    parts = [] if event.get("loss") is None else [f"loss {event['loss']:.4f}"]
+    speed = event["images_per_s"]
+    parts.append(f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s")
+    if "mfu" in event:
+        parts.append(f"MFU {100 * event['mfu']:.0f} %")
+    if event.get("left_s"):
+        parts.append(f"{duration_text(event['left_s'])} left")
+    return ", ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``: rounded to what matters."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 _listener: contextvars.ContextVar[Listener] = contextvars.ContextVar("listener", default=Silent())  # noqa: B039 - it has no state
