@@ -165,18 +165,38 @@ def _run_flow(
 
 @app.command(epilog=_EPILOG)
 def plan(
-    recipe: Recipe = _RECIPE, root: Root = _ROOT, set_: Set = None, as_json: Json = False, debug: Debug = False
+    recipe: Recipe = _RECIPE,
+    root: Root = _ROOT,
+    set_: Set = None,
+    write_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-run",
+            metavar="FILE",
+            help="Writes what `python -m training.main --run-file FILE` reads, which torchrun, deepspeed, accelerate, "
+            "Slurm or Kubernetes start: see infra/README.md. The dataset must be there.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Says what is done and what would run, and checks beforehand all that can be checked."""
     with _exit_codes(as_json, debug):
         from dataclasses import asdict
 
-        from flows.plan import preflight
+        from flows.plan import launched_run, preflight
         from flows.screens import plan_screen
         from flows.store import absolute_root
 
-        found = preflight(load_config(recipe, set_ or ()), absolute_root(root))
-        _show({**asdict(found), "is_done": found.is_done}, plan_screen(found), as_json)
+        config, root = load_config(recipe, set_ or ()), absolute_root(root)
+        found = preflight(config, root)
+        values, text = {**asdict(found), "is_done": found.is_done}, plan_screen(found)
+        if write_run is not None:
+            run = launched_run(config, root)
+            _write(write_run, run.model_dump_json(indent=1), "--write-run")
+            values |= {"run_id": run.run_id, "run_file": str(write_run.absolute())}
+            text += f"\nrun {run.run_id}: {run.train.num_processes} processes of training.main --run-file {write_run}"
+        _show(values, text, as_json)
 
 
 @app.command(epilog=_EPILOG)
@@ -367,11 +387,11 @@ def _free_bytes(folder: Path) -> int:
 # ------------------------------------------------------------------------------------------------------------- endings
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, option: str = "--html") -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--html: {str(path)!r} cannot be written: {error.strerror}") from None
+        raise ValueError(f"{option}: {str(path)!r} cannot be written: {error.strerror}") from None
 
 
 def _show(values: dict[str, Any], text: str, as_json: bool) -> None:

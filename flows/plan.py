@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import PipelineConfig
@@ -10,7 +11,7 @@ from flows.store import dataset_at, read_manifest
 from infra.bundles import find_bundle, list_bundles
 from infra.errors import TransientError
 from infra.storage import ObjectStore, open_store
-from preprocessing.contracts.bases import is_in_place
+from preprocessing.contracts.bases import TINY, is_in_place
 from preprocessing.contracts.manifest import Manifest, dataset_prefix, find_manifest
 from training.compatibility import DatasetSpecs, check_agree, check_specs, parse_specs
 from training.conditioning import check_conditioning, encoded_columns
@@ -182,6 +183,20 @@ def run_spec(config: PipelineConfig, root: str, prefix: str, manifest: Manifest)
         model=config.model,
         train=config.train,
     )
+
+
+def launched_run(config: PipelineConfig, root: str) -> RunSpec:
+    """What training processes are told that someone else starts, in another folder and perhaps on other machines.
+
+    Raises:
+        ValueError: There is no dataset, or it does not fit.
+    """
+    run = run_spec(config, root, *find_dataset(config, open_store(root)))
+    base = run.model.base
+    if base == TINY or "://" in base:
+        return run
+    model = run.model.model_copy(update={"base": str(Path(base).expanduser().absolute())})
+    return run.model_copy(update={"model": model})
 
 
 def find_trained(config: PipelineConfig, root: str) -> TrainSummary:

@@ -1,7 +1,7 @@
 """The child's side of `infra.launch`: how a child process says how far it is, and how it ends.
 
-A child is started as ``python -m MODULE --run FILE``. On stdout a line ``@lacuna {json}`` is an event for the
-launcher; everything else is log. Its last event is ``done`` with its result, or ``error``.
+A child is started as ``python -m MODULE --run FILE [--workdir DIR]``. On stdout a line ``@lacuna {json}`` is an event
+for the launcher; everything else is log. Its last event is ``done`` with its result, or ``error``.
 """
 
 import argparse
@@ -53,12 +53,16 @@ def run_as_child(main: Callable[[dict[str, Any], Path], dict[str, Any] | None]) 
         The exit code, as `infra.errors` lists them.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path, required=True, metavar="FILE", help="JSON: what to do")
+    # Two names: torchrun takes --run, wherever it stands, for the beginning of an option of its own.
+    parser.add_argument("--run", "--run-file", type=Path, required=True, metavar="FILE", help="JSON: what to do")
     # Unknown arguments pass: the launchers of torch and DeepSpeed may add --local_rank.
-    path: Path = parser.parse_known_args()[0].run
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="scratch of this machine; default: FILE's folder")
+    options = parser.parse_known_args()[0]
+    path: Path = options.run
+    workdir: Path = options.workdir or path.parent
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        result = main(json.loads(path.read_text(encoding="utf-8")), path.resolve().parent)
+        result = main(json.loads(path.read_text(encoding="utf-8")), workdir.resolve())
     except KeyboardInterrupt:
         return _fail("KeyboardInterrupt", "interrupted", EXIT_INTERRUPTED)
     except ContractError as error:

@@ -1,6 +1,8 @@
-"""One training process: ``python -m training.main --run FILE``, as many times as ``train.num_processes`` says.
+"""One training process: ``python -m training.main --run-file FILE``, as many times as ``train.num_processes`` says.
 
-`training.launch` starts them; so can torchrun or the deepspeed launcher, which set the same variables.
+`training.launch` starts them on one machine. torchrun, ``deepspeed``, ``accelerate launch``, Slurm and Kubernetes start
+them on one or many: the variables that these set (`training.world`) and FILE, which ``lacuna plan --write-run FILE``
+writes, are all that a process needs.
 """
 
 import logging
@@ -18,7 +20,7 @@ def main(spec: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
 
     Args:
         spec: A `RunSpec` as JSON.
-        workdir: Scratch that all ranks share.
+        workdir: Scratch that the ranks on this machine share.
 
     Returns:
         On rank 0, where it ended.
@@ -26,12 +28,14 @@ def main(spec: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
     run = RunSpec.model_validate(spec)
     import torch.distributed as dist  # torch only once the spec is known to be good
 
-    from training.engine import find_world, share_cores
     from training.loop import run_training
+    from training.peers import Peers
+    from training.world import find_world, share_cores
 
     world = find_world(run.train)
-    share_cores(run.train.num_processes)
-    result = run_training(run, workdir, world)
+    share_cores(world.local_size)
+    with Peers(world):
+        result = run_training(run, workdir, world)
     dist.destroy_process_group()
     return result
 
