@@ -22,7 +22,7 @@ from prefect.tasks import Task, exponential_backoff
 from flows import artifacts
 from flows.config import PipelineConfig
 from flows.plan import data_stage, dataset_lineage, export_spec, run_spec, train_summary, validation_spec
-from flows.progress import listener
+from flows.progress import listener, training_text
 from flows.results import PublishSummary, StageSummary, TrainSummary, ValidationSummary
 from flows.server import beside
 from flows.store import read_manifest
@@ -145,8 +145,7 @@ def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
 
     def on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "step":
-            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.0f} images/s"
-            progress.advance(event["step"], event["num_steps"], text)
+            progress.advance(event["step"], event["num_steps"], training_text(event))
 
     with _workdir(root, run.run_id) as workdir:
         result = launch(run, workdir=workdir, on_event=on_event)

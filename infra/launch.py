@@ -34,6 +34,20 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 
 
+class KilledError(TransientError):
+    """A child was killed by a signal.
+
+    Attributes:
+        cause: One line: which child, by which signal, and what is known of the reason.
+        may_be_memory: Whether the kernel may have done it for want of memory.
+        log: The end of its log.
+    """
+
+    def __init__(self, cause: str, log: str, *, may_be_memory: bool) -> None:
+        super().__init__(f"{cause}; {log}")
+        self.cause, self.log, self.may_be_memory = cause, log, may_be_memory
+
+
 def run_module(
     module: str,
     spec: dict[str, Any],
@@ -113,6 +127,7 @@ class _Watch:
         self._heard = time.monotonic()
         self._done: Event | None = None
         self._errors: list[Event] = []
+        self._oom_kills_before = _num_oom_kills()
 
     def until_done(self) -> dict[str, Any]:
         while True:
@@ -171,8 +186,11 @@ class _Watch:
             raise TransientError(f"{self._module} was interrupted from outside; run again to go on")
         if code < 0:
             name = signal.Signals(-code).name
-            reason = " (out of memory?)" if name == "SIGKILL" else ""
-            raise TransientError(f"{self._module}: rank {rank} was killed by {name}{reason}; {log}")
+            is_kill = name == "SIGKILL"
+            reason = " (out of memory?)" if is_kill else ""
+            if is_kill and _num_oom_kills() > self._oom_kills_before:
+                reason = " (meanwhile the kernel killed a process of this machine because memory was short)"
+            raise KilledError(f"{self._module}: rank {rank} was killed by {name}{reason}", log, may_be_memory=is_kill)
         raise RuntimeError(f"{self._module}: rank {rank} failed with exit code {code}; {log}")
 
     def _tail(self, rank: int) -> str:
@@ -207,6 +225,14 @@ def _environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
         MASTER_PORT=str(port),
     )
     return env
+
+
+def _num_oom_kills() -> int:
+    """How many processes of this machine the kernel has killed for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return 0
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """Checkpoints: committed so that a half-written one is never believed, and believed only after every hash is checked.
 
-Order of a save: all ranks put the state together in rank 0's scratch folder (`training.saved_state` says what is in it)
+Order of a save: all ranks put the state together in rank 0's scratch folder (`training.saved_state` says what is in it;
+other machines' parts come through the process group: machines need nothing but the store in common)
 → training goes on, and a thread commits: sizes and sha256 → upload → ``MANIFEST.json`` by put-if-absent → the run's
 channel ``newest`` by compare-and-swap → old ones are deleted. At most one is on its way; the next save waits for it.
 
@@ -13,7 +14,7 @@ runs/{run_id}/channels/newest.json      the proof that there are checkpoints, wh
 import contextlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,7 @@ from infra.bundles import MANIFEST_NAME, commit_bundle, fetch_bundle, load_bundl
 from infra.channels import ChannelPointer, channel_key, move_channel, pointer_to, read_channel
 from infra.child import emit
 from infra.errors import ContractError, TransientError
-from infra.storage import ObjectNotFoundError, ObjectStore
+from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_file
 from training.checkpoint_upload import Uploader
 from training.ema import Ema
 from training.retention import Retention, delete_old, list_checkpoints
@@ -48,7 +49,8 @@ class Checkpoints:
     Attributes:
         store: Where they are.
         run_id: The run.
-        scratch: A local folder that all ranks share and nobody else uses.
+        scratch: A local folder that the ranks on this machine share and nobody else uses. Other machines' may be the
+            same one, or another.
         retention: Which are kept.
         uploader: Commits them.
         tell_every_s: How often ranks that wait for an upload hear that it goes on.
@@ -198,8 +200,50 @@ class Checkpoints:
                 f"make {self.store.uri} readable, and say the same command again"
             ) from error
 
+    def fetch_everywhere(self, is_first_here: bool) -> Path | None:
+        """`fetch_newest` on every machine: rank 0 chooses, the others bring the very same one. All ranks call it.
+
+        Where scratch is shared between machines, what is there already is verified and used.
+
+        Args:
+            is_first_here: Whether this process fetches for its machine.
+
+        Returns:
+            The folder on this machine; None if the run has no checkpoint at all.
+
+        Raises:
+            ContractError: As `fetch_newest`; on all ranks.
+            TransientError: As `fetch_newest`, or another machine cannot fetch it; on all ranks.
+        """
+        chosen: list[tuple[str, str] | None] = [None]
+        with _raised_on_all():
+            if _is_first() and (folder := self.fetch_newest()) is not None:
+                manifest = sha256_of_file(folder / MANIFEST_NAME)
+                chosen = [(checkpoint_prefix(self.run_id, read_state(folder).step), manifest)]
+        dist.broadcast_object_list(chosen, src=0)
+        if chosen[0] is None:
+            return None
+        folder = self.scratch / "resume"
+        with _raised_on_all():
+            if is_first_here and not _is_first():
+                self._fetch_same(*chosen[0], folder)
+        return folder
+
+    def _fetch_same(self, prefix: str, sha256: str, folder: Path) -> None:
+        """Brings the checkpoint that rank 0 has verified."""
+        try:
+            fetch_bundle(self.store, prefix, folder)
+        except (ContractError, ObjectNotFoundError) as error:
+            raise TransientError(f"{error}, though rank 0 has just read it; say the same command again") from error
+        found = sha256_of_file(folder / MANIFEST_NAME)
+        if found != sha256:
+            raise TransientError(
+                f"{self.store.uri_of(prefix)}: its manifest has sha256 {found} here, {sha256} on rank 0's machine; "
+                "say the same command again"
+            )
+
     def forget_fetched(self) -> None:
-        """Deletes the local copy that `fetch_newest` made."""
+        """Deletes this machine's copy, once all of its ranks have read it."""
         shutil.rmtree(self.scratch / "resume", ignore_errors=True)
 
     def _fetch_newest(self, folder: Path) -> Path | None:
@@ -280,6 +324,24 @@ class Checkpoints:
         with contextlib.suppress(ObjectNotFoundError):
             self.store.put(f"{prefix}/{DAMAGED_NAME}", self.store.read(manifest_key))
             self.store.delete(manifest_key)
+
+
+@contextlib.contextmanager
+def _raised_on_all() -> Iterator[None]:
+    """What is raised within, on any rank, is raised on all ranks; on the others as an error of the same kind."""
+    error: BaseException | None = None
+    try:
+        yield
+    except (ValueError, TransientError, OSError) as caught:
+        error = caught
+    said: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else (type(error).__name__, str(error)))
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(said):
+        if problem is not None:
+            kind = ContractError if problem[0] == "ContractError" else TransientError
+            raise kind(f"rank {rank}: {problem[1]}")
 
 
 def _is_first() -> bool:

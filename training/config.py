@@ -2,10 +2,26 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from model.specs import ScheduleSpec
 from preprocessing.contracts.config import IN_DIGEST_IF_SET, NOT_IN_DIGEST, Config, MaskFamily
+
+
+class LrScheduleConfig(Config):
+    """The course of the learning rate, as factors of ``train.learning_rate``; `training.lr_schedule` computes it."""
+
+    kind: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="After the warm-up; the last two fall to final_factor at the last step."
+    )
+    warmup_start_factor: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Factor of the first step, from which the warm-up rises to 1 (CompVis' f_start, 1e-6 in the first "
+        "inpainting model); null: 1 / warmup_steps, so that the last step of the warm-up has the whole rate.",
+    )
+    final_factor: float = Field(default=0.0, ge=0, le=1, description="Factor at the end of cosine and linear.")
 
 
 class TrainConfig(Config):
@@ -82,12 +98,18 @@ class TrainConfig(Config):
     num_processes: int = Field(
         default=1,
         ge=1,
-        le=64,
-        description="Processes on this machine. May change when a run is resumed: sums then differ in the last digits.",
+        le=4096,
+        description="Processes, on all machines together; `lacuna train` starts all of them on this one. May change "
+        "when a run is resumed: sums then differ in the last digits.",
         json_schema_extra=NOT_IN_DIGEST,
     )
     learning_rate: float = Field(default=5e-5, gt=0)
-    warmup_steps: int = Field(default=2500, ge=0, description="Linear, then constant.")
+    warmup_steps: int = Field(default=2500, ge=0, description="Linear, then as lr_schedule says.")
+    lr_schedule: LrScheduleConfig = Field(
+        default=LrScheduleConfig(),
+        description="After the warm-up: constant, as Stable Diffusion; or cosine or linear. A kind alone will do.",
+        json_schema_extra=IN_DIGEST_IF_SET,
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0, description="Norm; 0 turns it off.")
     text_dropout: float = Field(
@@ -95,10 +117,58 @@ class TrainConfig(Config):
     )
     full_mask: float = Field(default=0.25, ge=0, le=1, description="Masks replaced by all ones, drawn at train time.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="With the warm-up min(decay, (1 + n) / (10 + n)).")
-    zero_stage: int = Field(
-        default=1, ge=0, le=2, description="May change when a run is resumed.", json_schema_extra=NOT_IN_DIGEST
+    ema_start_step: int = Field(
+        default=0,
+        ge=0,
+        description="Until so many steps are taken the average is the weights themselves, and n counts from there; the "
+        "base's own average, if it has one, is then not used.",
+        json_schema_extra=IN_DIGEST_IF_SET,
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: int = Field(
+        default=1,
+        ge=0,
+        le=3,
+        description="What the processes divide among them: 0 nothing, 1 the optimizer's state, 2 the gradients, too. "
+        "May change when a run is resumed.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    optimizer_offload: Literal["none", "cpu"] = Field(
+        default="none",
+        description="'cpu': AdamW's state and its step are the CPU's; for a GPU too small for both, with zero_stage 1 "
+        "or 2. May change when a run is resumed.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Of the UNet's arithmetic; the parameters stay float32. 'fp16' scales the loss, as high as goes "
+        "without overflow.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Compute the UNet's activations twice instead of keeping them: a third more work, far less memory.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    channels_last: bool = Field(
+        default=False,
+        description="Keep what the UNet's convolutions read as they like it on a GPU. The same sums, in another order.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    attention: Literal["sdpa", "plain"] = Field(
+        default="sdpa",
+        description="'sdpa': torch's fused attention; 'plain': the formula, to compare with.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    compile: Literal["off", "regional", "whole"] = Field(
+        default="off",
+        description="torch.compile the UNet's repeated blocks, or all of it; the first step then takes minutes. Needs "
+        "a C++ compiler.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    fused_optimizer: bool | None = Field(
+        default=None,
+        description="AdamW's step as one kernel; null: on a GPU.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
     checkpoint_every_steps: int = Field(default=1000, ge=1, json_schema_extra=NOT_IN_DIGEST)
     keep_last: int = Field(
         default=3, ge=1, description="Newest checkpoints that are kept.", json_schema_extra=NOT_IN_DIGEST
@@ -133,6 +203,12 @@ class TrainConfig(Config):
         description="How long before the end to stop, at least; more where steps and saves were seen to take longer.",
         json_schema_extra=NOT_IN_DIGEST,
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="Where curves are shown, beside metrics.jsonl, which is always written. Weights & Biases and "
+        "MLflow find their server and account in the environment, as they do elsewhere.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
     stall_timeout_s: float = Field(default=1800, gt=0, json_schema_extra=NOT_IN_DIGEST)
 
     @model_validator(mode="after")
@@ -142,6 +218,38 @@ class TrainConfig(Config):
             raise ValueError(
                 f"train.global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size × "
                 f"num_processes = {self.micro_batch_size} × {self.num_processes} = {share}; change one of the three"
+            )
+        return self
+
+    @field_validator("lr_schedule", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: object) -> object:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> "TrainConfig":
+        if self.lr_schedule.kind != "constant" and self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"train.lr_schedule: {self.lr_schedule.kind} falls from step warmup_steps = {self.warmup_steps} to "
+                f"step num_steps = {self.num_steps}; make warmup_steps smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _zero_fits(self) -> "TrainConfig":
+        if self.zero_stage == 3:
+            raise ValueError(
+                "train.zero_stage: 3 divides the parameters themselves, and the moving average of every step reads "
+                "them whole; set it to 2, and where memory is short train.optimizer_offload to 'cpu'"
+            )
+        if self.zero_stage == 0 and self.optimizer_offload != "none":
+            raise ValueError(
+                f"train.optimizer_offload: {self.optimizer_offload!r} goes with train.zero_stage 1 or 2, not with 0"
+            )
+        if self.precision == "fp16" and self.optimizer_offload != "none":
+            raise ValueError(
+                "train.precision: 'fp16' does not go with train.optimizer_offload, which clips by norms of the scaled "
+                "gradients; set train.precision to 'bf16' or train.optimizer_offload to 'none'"
             )
         return self
 

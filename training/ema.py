@@ -11,6 +11,7 @@ from model.base_weights import EMA_NAME
 from model.unet import widened
 from model.weight_files import open_weights
 from model.weights import WEIGHTS_NAME
+from training.health import all_finite
 
 _CONV_IN = "conv_in.weight"
 
@@ -48,6 +49,18 @@ class Ema:
         new = [parameters[name].detach().float() for name in self._average]
         # The private name is what torch's own optimizers and averages call: one loop for all tensors.
         torch._foreach_lerp_(list(self._average.values()), new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def start_over(self, module: nn.Module) -> None:
+        """Makes the average equal to the module's parameters, as if it had never been updated."""
+        self.num_updates = 0
+        parameters = dict(module.named_parameters())
+        for name, value in self._average.items():
+            value.copy_(parameters[name])
+
+    def is_finite(self) -> bool:
+        """Whether every number of it is."""
+        return all_finite(list(self._average.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, under the parameters' names."""

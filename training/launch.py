@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.bundles import load_bundle
-from infra.errors import ContractError
-from infra.launch import EventCallback, run_module
+from infra.errors import ContractError, TransientError
+from infra.launch import EventCallback, KilledError, run_module
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
+from training.memory import what_to_lower
 from training.runspec import RunSpec, checkpoint_prefix
 
 LOGGER = logging.getLogger(__name__)
@@ -52,15 +53,23 @@ def train(run: RunSpec, *, workdir: Path, on_event: EventCallback) -> TrainResul
     prefix = checkpoint_prefix(run.run_id, run.train.num_steps)
     if _is_committed(store, prefix):
         return TrainResult(prefix, run.train.num_steps, was_done=True)
-    result = run_module(
-        "training.main",
-        run.model_dump(mode="json"),
-        workdir=workdir,
-        on_event=on_event,
-        num_processes=run.train.num_processes,
-        stall_timeout_s=run.train.stall_timeout_s,
-        grace_s=_CHECKPOINT_GRACE_S,
-    )
+    try:
+        result = run_module(
+            "training.main",
+            run.model_dump(mode="json"),
+            workdir=workdir,
+            on_event=on_event,
+            num_processes=run.train.num_processes,
+            stall_timeout_s=run.train.stall_timeout_s,
+            grace_s=_CHECKPOINT_GRACE_S,
+        )
+    except KilledError as error:
+        if not error.may_be_memory:
+            raise
+        raise TransientError(
+            f"{error.cause}; the same command goes on from the last checkpoint. If memory is short: "
+            f"{what_to_lower(run.train)}; {error.log}"
+        ) from error
     return TrainResult(result["checkpoint_prefix"], result["step"], was_done=False)
 
 

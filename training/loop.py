@@ -1,10 +1,8 @@
 """The training loop: from the newest checkpoint to the last step."""
 
-import contextlib
 import json
 import logging
 import math
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from infra.child import emit
 from infra.errors import GateError
-from infra.storage import ObjectNotFoundError, ObjectStore, open_store
+from infra.storage import ObjectStore, open_store
 from model.schedule import alphas_cumprod_of
 from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
 from training.batch import Batch
@@ -27,50 +25,86 @@ from training.compatibility import check_specs
 from training.conditioning import fields_of
 from training.data import TrainingDataset, open_dataset
 from training.ema import Ema, start_average
-from training.engine import World, build_engine, init_distributed, learning_rate_at, set_learning_rate
+from training.engine import (
+    build_engine,
+    gradients_of,
+    init_distributed,
+    optimizer_of,
+    set_learning_rate,
+    shares_gradients,
+)
+from training.flops import peak_images_per_s
+from training.health import (
+    MAX_BAD_IN_A_ROW,
+    MAX_UIDS_TOLD,
+    Kind,
+    Rollbacks,
+    Skips,
+    WeightsWatch,
+    all_finite,
+    check_trainable,
+    shown,
+    subject,
+)
 from training.loader import Batches
+from training.loss_scale import LossScale
 from training.loss_tally import describe, tally
+from training.lr_schedule import learning_rate_at
+from training.memory import shortage_told
+from training.metrics_log import MetricsLog
 from training.online import OnlineConditioner, load_conditioner
+from training.optimizer_state import OptimizerState
+from training.progress import Progress
 from training.retention import Retention
 from training.runspec import RunSpec, checkpoint_prefix, run_digest, run_prefix, step_of
 from training.saved_state import TrainingState, load_state
 from training.step import StepLoss, draw, training_loss
 from training.stopping import Stop
+from training.trackers import Trackers, check_trackers
+from training.watchdog import Watchdog
+from training.world import World
 
 LOGGER = logging.getLogger(__name__)
 
-_EMIT_EVERY_S = 1.0
 _MIN_TIMEOUT_S = 1800.0
-_MAX_UIDS_IN_MESSAGE = 20
 _TALLY_EVERY_STEPS = 50
 
 
-def run_training(run: RunSpec, workdir: Path, world: World) -> dict[str, Any] | None:
+def run_training(
+    run: RunSpec, workdir: Path, world: World, trainer_type: "type[Trainer] | None" = None
+) -> dict[str, Any] | None:
     """Trains, on this rank, from the newest checkpoint to the last step.
 
     Args:
         run: What to train.
         workdir: Scratch that all ranks share.
         world: This process.
+        trainer_type: What takes the steps; by default `Trainer`, which others than tests have no reason to replace.
 
     Returns:
         On rank 0: checkpoint_prefix, step, loss (mean of the last step; None if no step was left).
 
     Raises:
         ContractError: The dataset, the model and the checkpoints do not belong together.
-        GateError: A loss or the gradient is not finite.
+        GateError: Numbers are not finite, and what `training.health` does about it did not help; or nothing is learned.
+        ValueError: The memory is too small for it; says what to lower.
         KeyboardInterrupt: Stopped by a signal, after a checkpoint.
         WalltimeError: Stopped near the end of ``train.walltime_s``, after a checkpoint.
         TransientError: A checkpoint could not be committed.
     """
     stop = Stop(run.train.walltime_s, run.train.walltime_margin_s)
-    trainer = _prepare(run, workdir, world)
-    trainer.resume()
-    with stop.signals_noted():
-        return trainer.run_to_end(stop)
+    with shortage_told(run.train):
+        trainer = _prepare(run, workdir, world, trainer_type or Trainer)
+        trainer.resume()
+        try:
+            with stop.signals_noted():
+                return trainer.run_to_end(stop)
+        finally:
+            trainer.metrics.close()
 
 
-def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
+def _prepare(run: RunSpec, workdir: Path, world: World, trainer_type: "type[Trainer]") -> "Trainer":
+    tracker_names = check_trackers(run.train.trackers) if world.is_first else ()
     store = open_store(run.store_uri)
     if world.local_rank == 0:  # the others wait for it when they join the process group
         check_specs(_open(run, store, workdir).specs, run.model)
@@ -82,17 +116,23 @@ def _prepare(run: RunSpec, workdir: Path, world: World) -> "_Trainer":
         run.train, dataset.specs, dataset.constants, directory=run.model.directory, device=world.device
     )
     torch.manual_seed(run.train.seed)  # nothing draws from it; a layer with dropout would
-    unet = load_unet(run.model.directory / "unet")
-    if unet.config["in_channels"] != NUM_INPAINTING_CHANNELS:
-        widen_conv_in(unet)
+    unet = _load_base(run)
+    check_trainable(unet)
     torch.nn.Module.to(unet, world.device).train()
-    ema = start_average(unet, run.train.ema_decay, run.model.directory / "unet_ema") if world.is_first else None
     engine = build_engine(unet, run.train)
+    ema = start_average(unet, run.train.ema_decay, run.model.directory / "unet_ema") if world.is_first else None
     digest = run_digest(run.train, run.model, dataset.digest)
     if world.is_first:
         config = run.model_dump(mode="json") | {"digest": digest, "dataset_digest": dataset.digest}
         store.put(f"{run_prefix(run.run_id)}/config.json", json.dumps(config, indent=1).encode())
-    return _Trainer(run, world, store, dataset, conditioner, unet, engine, ema, digest, workdir)
+    return trainer_type(run, world, store, dataset, conditioner, unet, engine, ema, digest, workdir, tracker_names)
+
+
+def _load_base(run: RunSpec) -> UNet2DConditionModel:
+    unet = load_unet(run.model.directory / "unet")
+    if unet.config["in_channels"] != NUM_INPAINTING_CHANNELS:
+        widen_conv_in(unet)
+    return unet
 
 
 def _open(run: RunSpec, store: ObjectStore, workdir: Path, session: str | None = None) -> TrainingDataset:
@@ -106,8 +146,55 @@ def _open(run: RunSpec, store: ObjectStore, workdir: Path, session: str | None =
     )
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know of a step before the optimizer takes it.
+
+    Attributes:
+        loss: Mean over the global batch.
+        grad_norm: Of the averaged gradient, before clipping.
+        tally: The loss's origin.
+        is_stopping: Whether any rank was told to stop.
+    """
+
+    loss: float
+    is_loss_finite: bool
+    grad_norm: float
+    tally: Tensor
+    is_stopping: bool
+
+    @property
+    def problem(self) -> Kind | None:
+        """What is not finite, if anything is."""
+        if not self.is_loss_finite:
+            return "loss"
+        return None if math.isfinite(self.grad_norm) else "gradient"
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why to go back to the last checkpoint.
+
+    Attributes:
+        kind: What is not finite.
+        uids: Of the samples at fault, if that is known.
+    """
+
+    kind: Kind
+    uids: list[str]
+
+
 @dataclass
-class _Trainer:
+class Trainer:
+    """A training under way, on one rank; all ranks call the same methods in the same order.
+
+    Attributes:
+        step: Optimizer steps taken.
+        position: Samples seen, and passed over; a multiple of the global batch size.
+        saved_step: Step of the last checkpoint; -1 if there is none.
+        skips: What was passed over, and why.
+    """
+
     run: RunSpec
     world: World
     store: ObjectStore
@@ -118,40 +205,53 @@ class _Trainer:
     ema: Ema | None
     digest: str
     workdir: Path
+    tracker_names: Sequence[str]
     step: int = 0
+    position: int = 0
     saved_step: int = -1
-    progress: "_Progress" = field(init=False)
-    metrics: "_Metrics" = field(init=False)
+    skips: Skips = field(default_factory=Skips)
+    progress: Progress = field(init=False)
+    metrics: MetricsLog = field(init=False)
     checkpoints: Checkpoints = field(init=False)
 
     def __post_init__(self) -> None:
         train = self.run.train
         self.alphas_cumprod = alphas_cumprod_of(train.schedule).to(self.world.device)
         self.tally: Tensor | None = None  # since the last line that told it; starts anew at every checkpoint
-        self.progress = _Progress(train.num_steps, train.global_batch_size)
-        self.metrics = _Metrics(
-            self.workdir / "metrics.jsonl", self.store, f"{run_prefix(self.run.run_id)}/metrics.jsonl"
-        )
+        self.loss: float | None = None
+        self.loss_scale = LossScale() if train.precision == "fp16" else None
+        self.optimizer = optimizer_of(self.engine)
+        self.rollbacks = Rollbacks()
+        self.watch = WeightsWatch(self.unet, train)
+        self.watchdog = Watchdog(train.stall_timeout_s)
+        peak = self._peak_images_per_s() if self.world.is_first else None
+        self.progress = Progress(train.num_steps, train.global_batch_size, peak)
+        config = train.model_dump(mode="json")
+        trackers = Trackers(self.tracker_names, self.run.run_id, self.workdir / "trackers", config)
+        self.metrics = MetricsLog(self.workdir, self.store, self.run.run_id, trackers)
         retention = Retention(train.keep_last, train.keep_every_steps, train.keep_best, train.keep_best_metric)
         self.checkpoints = Checkpoints(self.store, self.run.run_id, self.workdir / "scratch", retention)
+
+    def _peak_images_per_s(self) -> float | None:
+        specs = self.dataset.specs
+        return peak_images_per_s(
+            self.unet,
+            specs.latents.latent_px,
+            specs.text.embeddings_shape,
+            device=self.world.device,
+            precision=self.run.train.precision,
+            num_devices=self.world.size,
+        )
 
     # ----------------------------------------------------------------------------------------------------- the course
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint that is whole, if there is any."""
-        found: list[str | None] = [None]
+        state = self._load_newest()
+        if state is not None:
+            self.position, self.skips = state.position, state.skips
         if self.world.is_first:
-            folder = self.checkpoints.fetch_newest()
-            found = [None if folder is None else str(folder)]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is not None:
-            self.step = load_state(Path(found[0]), self.engine, self.unet, self.ema, self._state()).step
-            self.saved_step = self.step
-            dist.barrier()  # all ranks have read it
-            if self.world.is_first:
-                self.checkpoints.forget_fetched()
-        if self.world.is_first:
-            self.metrics.start(self.step)
+            self.metrics.start(self.step, self.position)
             emit(
                 {
                     "event": "resumed" if self.step else "started",
@@ -161,44 +261,75 @@ class _Trainer:
             )
 
     def run_to_end(self, stop: Stop) -> dict[str, Any] | None:
-        train = self.run.train
-        loss = None
-        with self._batches_from_here() as batches:
-            while self.step < train.num_steps:
-                loss, is_stopping = self._take_step(next(batches), stop)
-                if self._is_checkpoint_due() or is_stopping:
-                    self._save()
-                self._tell_committed()
-                stop.note_step(self.checkpoints.longest_save_s)
-                if is_stopping and self.step < train.num_steps:
-                    self._end_early(stop)
+        """Takes the steps that are left; see `run_training`."""
+        while self.step < self.run.train.num_steps:
+            with self._batches_from_here() as batches, self.watchdog:
+                problem = self._take_steps(batches, stop)
+            if problem is not None:
+                self._roll_back(problem)
         self.checkpoints.wait()
         self._tell_committed()
         if not self.world.is_first:
             return None
         self.metrics.put()
-        return {"checkpoint_prefix": checkpoint_prefix(self.run.run_id, self.step), "step": self.step, "loss": loss}
+        prefix = checkpoint_prefix(self.run.run_id, self.step)
+        return {"checkpoint_prefix": prefix, "step": self.step, "loss": self.loss}
+
+    def _take_steps(self, batches: Batches, stop: Stop) -> _Problem | None:
+        """Takes a step a batch, until the batches end, or there is a reason to go back.
+
+        Some of the batches may have been passed over: then the last step is not taken yet.
+        """
+        for batch in batches:
+            step = self.step
+            is_stopping, problem = self._take_step(batch, stop)
+            self.watchdog.note()
+            if problem is None and ((self.step > step and self._is_checkpoint_due()) or is_stopping):
+                with self.watchdog.paused():
+                    problem = self._save()
+            if problem is not None:
+                return problem
+            self._tell_committed()
+            stop.note_step(self.checkpoints.longest_save_s)
+            if is_stopping and self.step < self.run.train.num_steps:
+                with self.watchdog.paused():
+                    self._end_early(stop)
+        return None
 
     def _batches_from_here(self) -> Batches:
         train = self.run.train
         return self.dataset.batches(
             seed=train.seed,
             global_batch_size=train.global_batch_size,
-            start_step=self.step,
+            start_step=self.position // train.global_batch_size,
             num_steps=train.num_steps - self.step,
             rank=self.world.rank,
             world_size=self.world.size,
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _save(self) -> None:
+    def _save(self) -> _Problem | None:
+        """Saves the state, unless it is not finite: then says what is not."""
         if self.step == self.saved_step:
-            return
+            return None
+        kind = self._find_state_problem()
+        if kind is not None:
+            LOGGER.error("%s not finite; nothing is saved", subject(kind, self.step))
+            return _Problem(kind, [])
         # The metrics before the commit: what a resumed run does not want it cuts off.
-        metrics = self.metrics.object() if self.world.is_first else {}
+        metrics = self.metrics.objects() if self.world.is_first else {}
         self.checkpoints.save(self.engine, self.unet, self.ema, self._state(), metrics)
         self.saved_step = self.step
+        self.rollbacks.forget()
         self.progress.skip_pause()
+        return None
+
+    def _find_state_problem(self) -> Kind | None:
+        own = [not all_finite(list(self.unet.parameters())), self.ema is not None and not self.ema.is_finite()]
+        flags = torch.tensor(own, dtype=torch.float32, device=self.world.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        kinds: tuple[Kind, Kind] = ("parameters", "average")
+        return next((kind for kind, flag in zip(kinds, flags.tolist(), strict=True) if flag), None)
 
     def _tell_committed(self) -> None:
         for prefix in self.checkpoints.take_committed():
@@ -215,37 +346,165 @@ class _Trainer:
     def _state(self) -> TrainingState:
         return TrainingState(
             step=self.step,
-            position=self.step * self.run.train.global_batch_size,
+            position=self.position,
             ema_num_updates=0 if self.ema is None else self.ema.num_updates,
             world_size=self.world.size,
             run_digest=self.digest,
             dataset_digest=self.dataset.digest,
+            skips=self.skips,
+            loss_scale=None if self.loss_scale is None else (self.loss_scale.value, self.loss_scale.num_good_steps),
             config=self.run.train.model_dump(mode="json"),
         )
 
+    # ------------------------------------------------------------------------------------------------------ going back
+
+    def _load_newest(self) -> TrainingState | None:
+        """Makes everything that is trained as it is in the newest whole checkpoint, if there is one."""
+        is_first_here = self.world.local_rank == 0
+        folder = self.checkpoints.fetch_everywhere(is_first_here)
+        if folder is None:
+            return None
+        state = load_state(folder, self.engine, self.unet, self.ema, self._state())
+        self.step = self.saved_step = state.step
+        if self.loss_scale is not None and state.loss_scale is not None:
+            self.loss_scale = LossScale(*state.loss_scale)
+        self.watch.start_over()
+        dist.barrier()  # all ranks have read it
+        if is_first_here:
+            self.checkpoints.forget_fetched()
+        return state
+
+    def _roll_back(self, problem: _Problem) -> None:
+        """Goes back to the last committed checkpoint, and on behind the samples that were bad.
+
+        Where the samples have nothing to do with it, all since that checkpoint are seen again.
+        """
+        self.checkpoints.wait()
+        self._tell_committed()
+        failed_at, end = self.step, self.position
+        self.rollbacks.check(problem.kind, failed_at, max(self.saved_step, 0), problem.uids)
+        state = self._load_newest()
+        if state is None:
+            self._start_over()
+        first = 0 if state is None else state.position
+        self.position = end if problem.kind in ("loss", "gradient") else first
+        positions = () if state is None else state.skips.positions
+        self.skips = self.skips.model_copy(update={"positions": positions}).with_rollback(first, self.position)
+        self.tally = None
+        LOGGER.error(
+            "ROLLED BACK: %s not finite; the run goes on from step %d, and %d samples since then are not seen again",
+            subject(problem.kind, failed_at),
+            self.step,
+            self.position - first,
+        )
+        if self.world.is_first:
+            told = {"from_step": failed_at, "reason": problem.kind, "num_samples": self.position - first}
+            self.metrics.go_back(self.step, self.position)
+            self.metrics.note(step=self.step + 1, position=self.position - 1, rolled_back=told)
+            emit({"event": "rolled_back", "step": self.step, **told})
+        self.progress.skip_pause()
+
+    def _start_over(self) -> None:
+        """Makes everything that is trained as it was before the first step: there is no checkpoint."""
+        torch.manual_seed(self.run.train.seed)  # as at the start; a new layer draws its weights
+        base = _load_base(self.run)
+        optimizer = OptimizerState(self.engine, self.unet)
+        optimizer.load_parameters({name: value.detach() for name, value in base.named_parameters()})
+        optimizer.load_moments({}, 0)
+        if self.ema is not None:
+            fresh = start_average(self.unet, self.run.train.ema_decay, self.run.model.directory / "unet_ema")
+            self.ema.load_state_dict(fresh.state_dict(), fresh.num_updates)
+        self.step, self.saved_step = 0, -1
+        self.watch.start_over()
+
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def _take_step(self, batch: Batch, stop: Stop) -> tuple[float, bool]:
-        """Takes one optimizer step.
+    def _take_step(self, batch: Batch, stop: Stop) -> tuple[bool, _Problem | None]:
+        """Tries one optimizer step; one whose numbers are not finite changes nothing but the position.
 
         Returns:
-            Its loss over the global batch, and whether any rank was told to stop.
+            Whether any rank was told to stop, and the reason to go back, if there is one.
         """
         train = self.run.train
-        results, uids = self._forward_backward(batch)
-        loss, is_stopping = self._agree(results, uids, stop)
+        results, agreed = self._attempt(batch, stop)
         learning_rate = learning_rate_at(train, self.step)
+        kind = agreed.problem
+        if kind is None:
+            kind = self._update(learning_rate)
+        else:
+            self._drop_gradient()
+        self.position += train.global_batch_size
+        if kind is not None:
+            return agreed.is_stopping, self._pass_over(kind, results, batch.uids)
+        self.skips = self.skips.with_good_step()
+        self.loss = agreed.loss
+        self.step += 1
+        self._average()
+        standstill = self.watch.note(self.step, learning_rate)
+        if standstill is not None:
+            self.checkpoints.wait()  # a rank that ends takes the others along, and the upload with them
+            raise GateError(standstill)
+        if self.world.is_first:
+            self.tally = agreed.tally if self.tally is None else self.tally + agreed.tally
+            speed = self.progress.note(self.step, agreed.loss)
+            line = {"learning_rate": learning_rate, "grad_norm": agreed.grad_norm, **speed}
+            if self.loss_scale is not None:
+                line["loss_scale"] = self.loss_scale.value
+            self.metrics.append(step=self.step, loss=agreed.loss, **line, **self._told_tally(agreed.is_stopping))
+        return agreed.is_stopping, None
+
+    def _attempt(self, batch: Batch, stop: Stop) -> tuple[list[StepLoss], _Agreed]:
+        """Makes the gradient of a batch; in fp16 again and again with a lower scale, if it is the scale's fault."""
+        before = None if self.loss_scale is None else self.loss_scale.value
+        results = self._forward_backward(batch)
+        agreed = self._agree(results, stop)
+        while agreed.problem == "gradient" and self.loss_scale is not None and self.loss_scale.lower():
+            self._drop_gradient()
+            results = self._forward_backward(batch)
+            agreed = self._agree(results, stop)
+        if self.loss_scale is not None and before is not None:
+            if agreed.problem is None:
+                self.loss_scale.note_good()
+            else:
+                self.loss_scale.value = before
+        return results, agreed
+
+    def _update(self, learning_rate: float) -> Kind | None:
+        """Lets the optimizer take its step; says so if DeepSpeed does not."""
+        num_calls = self.optimizer.num_calls
         set_learning_rate(self.engine, learning_rate)
         self.engine.step()
-        grad_norm = self._check_grad_norm(uids)
-        if self.ema is not None:
+        return None if self.optimizer.num_calls > num_calls else "gradient"
+
+    def _drop_gradient(self) -> None:
+        """Ends a step that is not taken: parameters and the optimizer's state stay as they are, bit by bit."""
+        with self.optimizer.closed():
+            self.engine.step()
+
+    def _average(self) -> None:
+        if self.ema is None:
+            return
+        if self.step <= self.run.train.ema_start_step:
+            self.ema.start_over(self.unet)
+        else:
             self.ema.update(self.unet)
-        self.step += 1
+
+    def _pass_over(self, kind: Kind, results: Sequence[StepLoss], uids: tuple[str, ...]) -> _Problem | None:
+        """Notes a bad step; says who was in it, and whether it is one too many."""
+        losses = torch.cat([result.per_sample for result in results]).tolist()
+        bad = [uid for uid, loss in zip(uids, losses, strict=True) if not math.isfinite(loss)] or list(uids)
+        everywhere: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(everywhere, bad if kind == "loss" else list(uids))
+        bad = [uid for part in everywhere for uid in part]
+        first = self.position - self.run.train.global_batch_size
+        self.skips = self.skips.with_bad_step(first, self.position)
+        LOGGER.warning("SKIPPED: %s not finite; %d samples: %s", subject(kind, self.step), len(bad), shown(bad))
         if self.world.is_first:
-            speed = self.progress.note(self.step, loss)
-            line = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "images_per_s": speed}
-            self.metrics.append(step=self.step, **line, **self._told_tally(is_stopping))
-        return loss, is_stopping
+            self.metrics.note(step=self.step + 1, position=first, skipped=kind, uids=bad)
+            told = {"reason": kind, "num_samples": len(bad), "uids": bad[:MAX_UIDS_TOLD]}
+            emit({"event": "skipped", "step": self.step, **told, "num_skipped": self.skips.num_steps})
+        self.progress.skip_pause()
+        return _Problem(kind, bad) if self.skips.num_bad_in_a_row >= MAX_BAD_IN_A_ROW else None
 
     def _is_checkpoint_due(self) -> bool:
         return self.step % self.run.train.checkpoint_every_steps == 0 or self.step == self.run.train.num_steps
@@ -258,17 +517,17 @@ class _Trainer:
         told, self.tally = self.tally, None
         return describe(told, len(self.alphas_cumprod))
 
-    def _forward_backward(self, batch: Batch) -> tuple[list[StepLoss], tuple[str, ...]]:
-        """Runs this rank's share of the global batch; returns its micro batches' losses, and the samples' uids."""
+    def _forward_backward(self, batch: Batch) -> list[StepLoss]:
+        """Runs this rank's share of the global batch; returns its micro batches' losses."""
         train = self.run.train
         results = []
         for start in range(0, len(batch), train.micro_batch_size):
             result = self._loss_of(start, start + train.micro_batch_size, batch)
-            self.engine.backward(result.loss)
+            self.engine.backward(result.loss if self.loss_scale is None else result.loss * self.loss_scale.value)
             results.append(result)
             if start + train.micro_batch_size < len(batch):
                 self.engine.step()  # within accumulation: only counts
-        return results, batch.uids
+        return results
 
     def _loss_of(self, start: int, stop: int, batch: Any) -> StepLoss:
         train, latents = self.run.train, self.dataset.specs.latents
@@ -276,7 +535,7 @@ class _Trainer:
         draws = draw(
             part.uids,
             seed=train.seed,
-            step=self.step,
+            step=self.position // train.global_batch_size,
             latent_shape=(latents.channels, latents.latent_px, latents.latent_px),
             num_timesteps=len(self.alphas_cumprod),
             text_dropout=train.text_dropout,
@@ -294,10 +553,11 @@ class _Trainer:
             alphas_cumprod=self.alphas_cumprod,
             device=self.world.device,
             min_snr_gamma=train.min_snr_gamma,
+            channels_last=train.channels_last,
         )
 
-    def _agree(self, results: Sequence[StepLoss], uids: tuple[str, ...], stop: Stop) -> tuple[float, bool]:
-        """One small all-reduce: the mean loss, its origin, whether it is finite everywhere, whether to stop."""
+    def _agree(self, results: Sequence[StepLoss], stop: Stop) -> _Agreed:
+        """One small all-reduce: the mean loss and its origin, whether all is finite everywhere, whether to stop."""
         losses = torch.cat([result.per_sample for result in results])
         weights = torch.cat([result.weights for result in results])
         step_tally = tally(
@@ -306,95 +566,28 @@ class _Trainer:
             torch.cat([result.is_full_mask for result in results]),
             len(self.alphas_cumprod),
         )
-        total, num_bad = (weights * losses).double().sum(), (~losses.isfinite()).sum().double()
-        own = torch.stack([total, num_bad, total.new_tensor(float(stop.is_set))])
+        means = torch.stack([result.loss.detach() for result in results])
+        num_bad = (~losses.isfinite()).sum() + (~means.isfinite()).sum()
+        total, grad_squares = (weights * losses).double().sum(), self._grad_squares()
+        own = torch.stack([total, num_bad.double(), grad_squares, total.new_tensor(float(stop.is_set))])
         sums = torch.cat([own, step_tally.flatten()])
         dist.all_reduce(sums)
-        step_tally = sums[len(own) :].reshape(step_tally.shape)
-        if self.world.is_first:
-            self.tally = step_tally if self.tally is None else self.tally + step_tally
-        total, num_bad, num_interrupted = sums[: len(own)].tolist()
-        if num_bad:
-            bad = [uid for uid, loss in zip(uids, losses.tolist(), strict=True) if not math.isfinite(loss)]
-            self._stop_at_non_finite("the loss", bad)
-        return total / self.run.train.global_batch_size, num_interrupted > 0
-
-    def _check_grad_norm(self, uids: tuple[str, ...]) -> float | None:
-        norm = self.engine.get_global_grad_norm()
-        if norm is None:
-            return None
-        if not math.isfinite(float(norm)):
-            self._stop_at_non_finite("the gradient", list(uids))
-        return float(norm)
-
-    def _stop_at_non_finite(self, what: str, uids: list[str]) -> None:
-        """Stops all ranks, with the samples of all of them in the message. Nothing of the bad step is saved."""
-        everywhere: list[list[str]] = [[] for _ in range(self.world.size)]
-        dist.all_gather_object(everywhere, uids)
-        bad = [uid for part in everywhere for uid in part]
-        shown = ", ".join(bad[:_MAX_UIDS_IN_MESSAGE]) + (" …" if len(bad) > _MAX_UIDS_IN_MESSAGE else "")
-        self.checkpoints.wait()  # a rank that ends takes the others along, and the upload with them
-        self._tell_committed()
-        raise GateError(
-            f"{what} of step {self.step} is not finite; {len(bad)} samples: {shown}. The last checkpoint is of step "
-            f"{max(self.saved_step, 0)}; lower train.learning_rate, or forget the rows if they are at fault"
+        total, num_bad, grad_squares, num_stopping = sums[: len(own)].tolist()
+        return _Agreed(
+            loss=total / self.run.train.global_batch_size,
+            is_loss_finite=num_bad == 0,
+            grad_norm=math.sqrt(grad_squares) if grad_squares >= 0 else math.nan,
+            tally=sums[len(own) :].reshape(step_tally.shape),
+            is_stopping=num_stopping > 0,
         )
 
-
-# ------------------------------------------------------------------------------------------------- what the world sees
-
-
-class _Progress:
-    """Says how far the training is, about once a second."""
-
-    def __init__(self, num_steps: int, global_batch_size: int) -> None:
-        self._num_steps = num_steps
-        self._global_batch_size = global_batch_size
-        self._step_began = self._said = time.monotonic()
-        self._num_since = 0
-        self._s_since = 0.0
-
-    def note(self, step: int, loss: float) -> float:
-        """Counts a step; returns its images per second."""
-        now = time.monotonic()
-        seconds = max(now - self._step_began, 1e-9)
-        self._step_began = now
-        self._num_since += self._global_batch_size
-        self._s_since += seconds
-        if now - self._said >= _EMIT_EVERY_S or step == self._num_steps:
-            speed = round(self._num_since / self._s_since, 2)
-            emit({"event": "step", "step": step, "num_steps": self._num_steps, "loss": loss, "images_per_s": speed})
-            self._said, self._num_since, self._s_since = now, 0, 0.0
-        return self._global_batch_size / seconds
-
-    def skip_pause(self) -> None:
-        """The time since the last step was not training."""
-        self._step_began = time.monotonic()
-
-
-class _Metrics:
-    """``metrics.jsonl``: one line a step, written locally and put to the store at every checkpoint."""
-
-    def __init__(self, path: Path, store: ObjectStore, key: str) -> None:
-        self._path, self._store, self._key = path, store, key
-
-    def start(self, step: int) -> None:
-        """Goes on after a step: what an earlier run wrote up to it stays, what it wrote beyond is cut off."""
-        kept: list[str] = []
-        if step:
-            with contextlib.suppress(ObjectNotFoundError):
-                lines = self._store.read(self._key).decode().splitlines()
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def append(self, **values: Any) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def object(self) -> dict[str, bytes]:
-        """Key and content, as it is now."""
-        return {self._key: self._path.read_bytes()}
-
-    def put(self) -> None:
-        self._store.put(self._key, self._path.read_bytes())
+    def _grad_squares(self) -> Tensor:
+        """This rank's part of the squared norm of the averaged gradient, which here is freed of the loss's scale."""
+        gradients = list(gradients_of(self.engine))
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)  # pyright: ignore[reportPrivateImportUsage]  # one call for all
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]  # as torch's own clipping
+        squares = norms.double().square().sum().to(self.world.device)
+        return squares if shares_gradients(self.engine) else squares / self.world.size

@@ -29,6 +29,7 @@ from model.safetensors_writer import Layout, file_order, save_safetensors, write
 from model.weight_files import Weights, open_weights
 from model.weights import WEIGHTS_NAME
 from training.ema import Ema
+from training.health import Skips
 from training.optimizer_state import MOMENTS, OptimizerState
 
 LOGGER = logging.getLogger(__name__)
@@ -42,13 +43,15 @@ class TrainingState(BaseModel):
 
     Attributes:
         format_version: Of the checkpoint's files.
-        step: Optimizer steps taken; the next one draws with this number.
-        position: Samples seen: where the order goes on.
+        step: Optimizer steps taken.
+        position: Samples seen, and passed over: where the order goes on. The next step's draws are named by it.
         ema_num_updates: How often the average was updated.
         optimizer_num_updates: How often the optimizer stepped; `save_state` fills it in.
         world_size: Processes that wrote it; any number may go on from it.
         run_digest: Of what determines the run.
         dataset_digest: Of the dataset.
+        skips: What was not trained on because numbers were not finite.
+        loss_scale: Of fp16, and the good steps since it last changed.
         config: The `TrainConfig`, for people.
     """
 
@@ -62,6 +65,8 @@ class TrainingState(BaseModel):
     world_size: int = Field(ge=1)
     run_digest: str
     dataset_digest: str
+    skips: Skips = Skips()
+    loss_scale: tuple[float, int] | None = None
     config: dict[str, Any]
 
 

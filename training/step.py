@@ -88,7 +88,7 @@ def draw(
     Args:
         uids: The samples.
         seed: The training's.
-        step: From 0.
+        step: From 0; one that was tried in vain has had its number.
         latent_shape: (c, h, w).
         num_timesteps: T; timesteps are uniform.
         text_dropout: Probability that a caption is replaced, in [0, 1].
@@ -146,6 +146,7 @@ def training_loss(
     alphas_cumprod: Float[Tensor, " T"],
     device: torch.device,
     min_snr_gamma: float | None = None,
+    channels_last: bool = False,
 ) -> StepLoss:
     """The loss of a batch: mean squared error of the prediction, over the whole latent: the mask does not weight it.
 
@@ -161,6 +162,7 @@ def training_loss(
         alphas_cumprod: ᾱ, float64, on `device`.
         device: Where the UNet is.
         min_snr_gamma: γ of the loss weights by timestep; None weighs every timestep alike.
+        channels_last: Whether the UNet's input is laid out with its channels innermost.
 
     Returns:
         The mean, with gradient; and, sample by sample, what it was made of.
@@ -182,8 +184,11 @@ def training_loss(
     masked_latents = sample_latents(masked_moments, draws.masked_posterior_noise.to(device), scaling_factor)
     noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
     noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+    sample = unet_input(noisy_latents, mask, masked_latents)
+    if channels_last:
+        sample = sample.contiguous(memory_format=torch.channels_last)
     prediction = unet(
-        unet_input(noisy_latents, mask, masked_latents),
+        sample,
         timesteps,
         encoder_hidden_states=text_embeddings,
         return_dict=False,

@@ -2,7 +2,8 @@
 
 Everything but the imports is what `training.launch` starts: `training.main` on a spec, its arguments, its environment,
 its logs. ``python -m tests.training.forked_ranks`` is the process that forks; `Ranks` is its handle. A module may bring
-its own main: ``harness:main`` instead of ``training.main:main``.
+its own main: ``harness:main`` instead of ``training.main:main``. A `Node` is a machine among several: its ranks are a
+process group of their own, with scratch, environment and network namespace of their own.
 """
 
 import contextlib
@@ -15,13 +16,34 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine, as a hostfile's line names it.
+
+    Attributes:
+        address: Where the others reach it.
+        slots: Processes that it runs.
+        workdir: Its own scratch, and its ranks' logs.
+        environment: Variables beside those that say which rank a process is.
+        namespace: File that holds its network namespace open; None for the common one.
+    """
+
+    address: str
+    slots: int
+    workdir: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    namespace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,14 @@ class Ranks:
     ) -> None:
         self._process.communicate()  # the end of its input is its end
 
-    def start(self, spec: Any, workdir: Path, num_processes: int, main: str = "training.main:main") -> Started:
+    def start(
+        self,
+        spec: Any,
+        workdir: Path,
+        num_processes: int,
+        main: str = "training.main:main",
+        environment: Mapping[str, str] | None = None,
+    ) -> Started:
         """Starts ranks.
 
         Args:
@@ -82,14 +111,36 @@ class Ranks:
             workdir: Scratch and logs.
             num_processes: How many.
             main: ``module:function``.
+            environment: Variables beside those that say which rank a process is.
         """
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "spec.json").write_text(json.dumps(spec))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        pids = self._ask({"workdir": str(workdir), "num_processes": num_processes, "port": port, "main": main})
-        return Started(tuple(pids), workdir)
+        (started,) = self.start_nodes(spec, [Node("127.0.0.1", num_processes, workdir, environment or {})], main)
+        return started
+
+    def start_nodes(self, spec: Any, nodes: Sequence[Node], main: str = "training.main:main") -> list[Started]:
+        """Starts ranks on several nodes, as a launcher with a hostfile does: numbered from the first node on."""
+        world_size = sum(node.slots for node in nodes)
+        port = _free_port()
+        started, first_rank = [], 0
+        for node in nodes:
+            node.workdir.mkdir(parents=True, exist_ok=True)
+            (node.workdir / "spec.json").write_text(json.dumps(spec))
+            places = [
+                {
+                    "RANK": str(first_rank + local_rank),
+                    "LOCAL_RANK": str(local_rank),
+                    "LOCAL_WORLD_SIZE": str(node.slots),
+                    "WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": nodes[0].address,
+                    "MASTER_PORT": str(port),
+                    **node.environment,
+                }
+                for local_rank in range(node.slots)
+            ]
+            namespace = None if node.namespace is None else str(node.namespace)
+            order = {"workdir": str(node.workdir), "places": places, "main": main, "namespace": namespace}
+            started.append(Started(tuple(self._ask(order)), node.workdir))
+            first_rank += node.slots
+        return started
 
     def wait(self, started: Started) -> list[int]:
         """Waits for the end of ranks; returns their exit codes, negative where a signal killed them."""
@@ -107,6 +158,12 @@ class Ranks:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------- the process that forks
@@ -140,35 +197,31 @@ def _exit_code(pid: int) -> int:
 
 def _fork_all(order: dict[str, Any]) -> list[int]:
     pids: list[int] = []
-    for rank in range(order["num_processes"]):
+    for place in order["places"]:
         pid = os.fork()
         if pid == 0:
             _die_with_parent()
             os.setpgid(0, pids[0] if pids else 0)
-            _be_rank(rank, order)
+            _be_rank(place, order)
         os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     return pids
 
 
-def _be_rank(rank: int, order: dict[str, Any]) -> None:
+def _be_rank(place: dict[str, str], order: dict[str, Any]) -> None:
     from infra.child import run_as_child
 
     code = 70
     try:
         workdir = Path(order["workdir"])
-        log = os.open(workdir / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(workdir / f"rank-{place['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for number in (1, 2):
             os.dup2(log, number)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(order["num_processes"]),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(order["port"]),
-        )
+        if order["namespace"] is not None:
+            _enter(order["namespace"])
+        os.environ.update(place)
         sys.argv = ["main", "--run", str(workdir / "spec.json")]
         module, _, name = order["main"].partition(":")
         code = run_as_child(getattr(importlib.import_module(module), name))
@@ -183,6 +236,14 @@ def _be_rank(rank: int, order: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _enter(namespace: str) -> None:
+    """This thread's network namespace, and so that of every thread which it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(namespace, "rb") as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
 if __name__ == "__main__":

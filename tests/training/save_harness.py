@@ -15,13 +15,15 @@ from infra.errors import TransientError
 from infra.storage import FileEntry, open_store
 from infra.storage_folder import FolderStore
 from model.unet import build_unet
+from tests.infra.s3_fault_proxy import waiting_less
 from training.checkpoint import Checkpoints
 from training.checkpoint_upload import Uploader
 from training.config import TrainConfig
 from training.ema import Ema
-from training.engine import build_engine, find_world, init_distributed
+from training.engine import build_engine, init_distributed
 from training.retention import Retention
 from training.saved_state import TrainingState, load_state
+from training.world import find_world
 
 RUN = "harness"
 UNET: dict[str, Any] = {
@@ -58,7 +60,7 @@ def main(spec: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
 
     Args:
         spec: ``store``: its root; ``num_processes``; ``num_steps``; ``keep_last``; ``num_failures``: how many uploads
-            fail before the store recovers, where it is tried three times.
+            fail before the store recovers, where it is tried three times; ``read_timeout_s``: of an S3 store.
         workdir: Scratch that the ranks share.
     """
     train = TrainConfig(
@@ -71,6 +73,8 @@ def main(spec: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
         num_processes=spec["num_processes"],
         zero_stage=2,
     )
+    if "read_timeout_s" in spec:
+        waiting_less(spec["read_timeout_s"]).__enter__()  # to the end of this process
     world = find_world(train)
     init_distributed(world, 60)
     torch.manual_seed(0)

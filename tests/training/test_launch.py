@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infra.errors import ContractError, GateError, TransientError
-from infra.launch import run_module
+from infra.launch import KilledError, run_module
 from training.runspec import checkpoint_prefix, run_id_of, step_of
 
 CHILD = """
@@ -83,8 +83,12 @@ def test_an_unforeseen_error_shows_the_log(tmp_path: Path):
 
 
 def test_a_killed_child_may_be_tried_again(tmp_path: Path):
-    with pytest.raises(TransientError, match="rank 0 was killed by SIGKILL"):
+    with pytest.raises(TransientError, match=r"rank 0 was killed by SIGKILL \(") as caught:
         _run(tmp_path, "kill")
+    assert isinstance(caught.value, KilledError)
+    assert caught.value.may_be_memory
+    assert "\n" not in caught.value.cause
+    assert "just a line of log" in caught.value.log
 
 
 def test_a_silent_child_is_stopped(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Real training in real processes: it learns, it survives being killed, and it says what is wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from infra.bundles import fetch_bundle, list_bundles
-from infra.errors import ContractError, GateError
+from infra.errors import ContractError, GateError, TransientError
 from infra.storage import ObjectStore
 from model.schedule import alphas_cumprod
 from model.unet import load_unet, widen_conv_in
@@ -209,6 +210,28 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_sample(
     with pytest.raises(GateError, match=r"the loss of step 0 is not finite; [12] samples: [0-9a-f]{32}"):
         train(run, workdir=tmp_path / "work", on_event=lambda _: None)
     assert _steps(store, run) == []
+
+
+def test_a_training_that_the_kernel_kills_says_what_to_lower(make_run: MakeRun, tmp_path: Path):
+    run = make_run(num_steps=10**5, checkpoint_every_steps=10**5)
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            for command in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    line = command.read_bytes()
+                    if b"-m\0training.main" in line and str(tmp_path).encode() in line and b"guard" not in line:
+                        os.kill(int(command.parent.name), signal.SIGKILL)
+
+    expected = r"rank 0 was killed by SIGKILL .*lower train\.micro_batch_size \(4\)"
+    with pytest.raises(TransientError, match=expected):
+        train(run, workdir=tmp_path / "work", on_event=kill)
+
+
+def test_a_learning_rate_that_changes_nothing_ends_the_run(make_run: MakeRun, tmp_path: Path):
+    run = make_run(num_steps=200, checkpoint_every_steps=200, learning_rate=1e-30, warmup_steps=0)
+    with pytest.raises(GateError, match=r"steps 1 to 50 changed none of the UNet's weights, with a learning rate"):
+        train(run, workdir=tmp_path / "work", on_event=lambda _: None)
 
 
 def test_specs_that_do_not_fit_are_a_contract_error_here(
