@@ -28,7 +28,7 @@ from flows.server import beside
 from flows.store import read_manifest
 from infra.bundles import find_bundle, manifest_sha256
 from infra.channels import read_channel
-from infra.errors import TransientError
+from infra.errors import GateError, TransientError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix, find_manifest
 from training.runspec_validation import ExportSpec
@@ -99,7 +99,12 @@ def download(config: PipelineConfig, root: str, selected: str) -> StageSummary:
 
         check_gate(manifest, config.download)
 
-    return _run_data_stage("download", config, root, selected, gate, is_gate_first=True)
+    def refused(store: ObjectStore, stage: "Stage", manifest: Manifest) -> None:
+        from preprocessing.download.stage import ask_again
+
+        ask_again(store, stage, manifest)
+
+    return _run_data_stage("download", config, root, selected, gate, on_refusal=refused)
 
 
 @task(name="encode", tags={"data", "gpu"}, **_RETRIED)
@@ -236,7 +241,7 @@ def _run_data_stage(
     gate: Callable[[Manifest], None],
     in_workers: "Callable[[Stage, Callable[[Progress], None]], None] | None" = None,
     *,
-    is_gate_first: bool = False,
+    on_refusal: "Callable[[ObjectStore, Stage, Manifest], None] | None" = None,
 ) -> StageSummary:
     """Makes a dataset if it is not there.
 
@@ -247,7 +252,8 @@ def _run_data_stage(
         parent_prefix: Key of the folder of what the stage reads.
         gate: Asked of the dataset each time, also where it was there.
         in_workers: May make it in other processes, or leave it to this one.
-        is_gate_first: Whether a dataset that the gate refuses is not complete, so that nothing takes it for done.
+        on_refusal: Where given, a dataset that the gate refuses is not complete, so that nothing takes it for done;
+            called with what was refused.
     """
     from preprocessing.stage import run_stage
 
@@ -257,13 +263,25 @@ def _run_data_stage(
     prefix = dataset_prefix(name, stage.digest)
     progress = artifacts.ProgressArtifact(name, listener())
     done = find_manifest(store, prefix)
+
+    def gate_first(manifest: Manifest) -> None:
+        try:
+            gate(manifest)
+        except GateError:
+            assert on_refusal is not None
+            on_refusal(store, stage, manifest)
+            summary = _summary(store, prefix, manifest, was_done=False, seconds=time.monotonic() - started)
+            artifacts.funnel(summary)  # it shows why
+            progress.finish(f"refused: {summary.num_out} of {summary.num_in} rows came")
+            raise
+
     if done is None:
         with _pictures_served(name, config):
             tell = _teller(progress)
             if in_workers is not None:
                 in_workers(stage, tell)
             # It finds there what workers made.
-            manifest = run_stage(store, stage, tell, gate if is_gate_first else None)
+            manifest = run_stage(store, stage, tell, None if on_refusal is None else gate_first)
     else:
         manifest = done
     summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)

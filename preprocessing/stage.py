@@ -218,6 +218,9 @@ def run_stage(
     manifest = _manifest_of(store, stage, shards, extra)
     if gate is not None:
         gate(manifest)
+    done = find_manifest(store, prefix)  # what another run's names is not to be swept
+    if done is not None:
+        return done
     _sweep(store, prefix, {file.name for shard in shards for file in shard.files} | {file.name for file in extra})
     return _commit_manifest(store, prefix, manifest)
 
@@ -402,6 +405,12 @@ def _delete_unused(store: ObjectStore, prefix: str, made: ShardReport, stands: S
         store.delete(f"{prefix}/{name}")
 
 
+def forget_shards(store: ObjectStore, stage: Stage, indices: Sequence[int]) -> None:
+    """Lets the next run make shards of a dataset again that is not complete; their files go once others are there."""
+    for index in indices:
+        store.delete(_report_key(dataset_prefix(stage.name, stage.digest), index))
+
+
 def _report_key(prefix: str, index: int) -> str:
     return f"{prefix}/reports/shard-{index:05d}.json"
 
@@ -419,7 +428,7 @@ def _sweep(store: ObjectStore, prefix: str, named: Collection[str]) -> None:
 
 
 def _upload(store: ObjectStore, prefix: str, path: Path, entry: DatasetFile, is_repeatable: bool = True) -> DatasetFile:
-    """Uploads a file and removes it from scratch, so that scratch never holds more than a shard."""
+    """Uploads a file and removes it from scratch, so that scratch never holds more than a few shards."""
     sha256 = sha256_of_file(path)
     name = entry.name
     if not is_repeatable:

@@ -107,12 +107,13 @@ class Checkpoints:
         waits for anything, and a rank that died is noticed all the same.
 
         Raises:
-            TransientError: What was on its way could not be committed; on all ranks.
+            TransientError: What was on its way could not be committed; on all ranks. A `ValueError` where the store
+                refuses it for good.
         """
         is_over = False
         while not is_over:
             error: BaseException | None = None
-            problem = ""
+            problem: tuple[type[Exception], str] | None = None
             if _is_first():
                 try:
                     # An event, so that the launcher does not take us for hung.
@@ -120,14 +121,15 @@ class Checkpoints:
                         lambda prefix: emit({"event": "uploading", "prefix": prefix}), self.tell_every_s
                     )
                 except BaseException as caught:  # raised below, once the others know
-                    error, problem = caught, str(caught) or type(caught).__name__
+                    error, problem = caught, (_kind_of(caught), str(caught) or type(caught).__name__)
             said: list[Any] = [is_over, problem]
             dist.broadcast_object_list(said, src=0)
             is_over, problem = said
             if error is not None:
                 raise error
-            if problem:
-                raise TransientError(f"rank 0 could not commit a checkpoint: {problem}")
+            if problem is not None:
+                kind, message = problem
+                raise kind(f"rank 0 could not commit a checkpoint: {message}")
 
     def take_committed(self) -> list[str]:
         """Keys of the checkpoints that were committed since the last call, on rank 0. Does not wait."""
@@ -334,14 +336,19 @@ def _raised_on_all() -> Iterator[None]:
         yield
     except (ValueError, TransientError, OSError) as caught:
         error = caught
-    said: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if error is None else (type(error).__name__, str(error)))
+    said: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else (_kind_of(error), str(error)))
     if error is not None:
         raise error
     for rank, problem in enumerate(said):
         if problem is not None:
-            kind = ContractError if problem[0] == "ContractError" else TransientError
-            raise kind(f"rank {rank}: {problem[1]}")
+            kind, message = problem
+            raise kind(f"rank {rank}: {message}")
+
+
+def _kind_of(error: BaseException) -> type[Exception]:
+    """As what another rank raises it: the exit code must not depend on who is heard first."""
+    return next((kind for kind in (ContractError, ValueError) if isinstance(error, kind)), TransientError)
 
 
 def _is_first() -> bool:

@@ -96,11 +96,14 @@ def run_training(
     with shortage_told(run.train):
         trainer = _prepare(run, workdir, world, trainer_type or Trainer)
         trainer.resume()
+        is_done = False
         try:
             with stop.signals_noted():
-                return trainer.run_to_end(stop)
+                result = trainer.run_to_end(stop)
+            is_done = True
         finally:
-            trainer.metrics.close()
+            trainer.metrics.close(is_done=is_done)
+        return result
 
 
 def _prepare(run: RunSpec, workdir: Path, world: World, trainer_type: "type[Trainer]") -> "Trainer":
@@ -152,6 +155,7 @@ class _Agreed:
 
     Attributes:
         loss: Mean over the global batch.
+        is_loss_finite: Whether each sample's is, on every rank.
         grad_norm: Of the averaged gradient, before clipping.
         tally: The loss's origin.
         is_stopping: Whether any rank was told to stop.
@@ -414,6 +418,8 @@ class Trainer:
         if self.ema is not None:
             fresh = start_average(self.unet, self.run.train.ema_decay, self.run.model.directory / "unet_ema")
             self.ema.load_state_dict(fresh.state_dict(), fresh.num_updates)
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale()
         self.step, self.saved_step = 0, -1
         self.watch.start_over()
 
@@ -442,7 +448,8 @@ class Trainer:
         self._average()
         standstill = self.watch.note(self.step, learning_rate)
         if standstill is not None:
-            self.checkpoints.wait()  # a rank that ends takes the others along, and the upload with them
+            with self.watchdog.paused():
+                self.checkpoints.wait()  # a rank that ends takes the others along, and the upload with them
             raise GateError(standstill)
         if self.world.is_first:
             self.tally = agreed.tally if self.tally is None else self.tally + agreed.tally
@@ -492,10 +499,9 @@ class Trainer:
     def _pass_over(self, kind: Kind, results: Sequence[StepLoss], uids: tuple[str, ...]) -> _Problem | None:
         """Notes a bad step; says who was in it, and whether it is one too many."""
         losses = torch.cat([result.per_sample for result in results]).tolist()
-        bad = [uid for uid, loss in zip(uids, losses, strict=True) if not math.isfinite(loss)] or list(uids)
-        everywhere: list[list[str]] = [[] for _ in range(self.world.size)]
-        dist.all_gather_object(everywhere, bad if kind == "loss" else list(uids))
-        bad = [uid for part in everywhere for uid in part]
+        bad = self._everywhere([uid for uid, loss in zip(uids, losses, strict=True) if not math.isfinite(loss)])
+        if not bad:  # it is the gradient, or the mean: any of them may be at fault
+            bad = self._everywhere(list(uids))
         first = self.position - self.run.train.global_batch_size
         self.skips = self.skips.with_bad_step(first, self.position)
         LOGGER.warning("SKIPPED: %s not finite; %d samples: %s", subject(kind, self.step), len(bad), shown(bad))
@@ -505,6 +511,12 @@ class Trainer:
             emit({"event": "skipped", "step": self.step, **told, "num_skipped": self.skips.num_steps})
         self.progress.skip_pause()
         return _Problem(kind, bad) if self.skips.num_bad_in_a_row >= MAX_BAD_IN_A_ROW else None
+
+    def _everywhere(self, uids: list[str]) -> list[str]:
+        """What all ranks say, by rank."""
+        parts: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(parts, uids)
+        return [uid for part in parts for uid in part]
 
     def _is_checkpoint_due(self) -> bool:
         return self.step % self.run.train.checkpoint_every_steps == 0 or self.step == self.run.train.num_steps

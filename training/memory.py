@@ -36,10 +36,10 @@ def what_to_lower(train: TrainConfig) -> str:
     if not train.activation_checkpointing:
         advice.append("set train.activation_checkpointing to true")
     if train.precision == "fp32":
-        advice.append("set train.precision to bf16")
+        advice.append("set train.precision to bf16, which makes it another run, from step 0")
     if train.num_processes > 1 and train.zero_stage < 2:
         advice.append(f"raise train.zero_stage ({train.zero_stage}) to 2")
-    if train.optimizer_offload == "none":
+    if train.optimizer_offload == "none" and train.zero_stage >= 1 and train.precision != "fp16":
         advice.append("set train.optimizer_offload to cpu, where it is the GPU's memory that is short")
     return "; or ".join(advice) if advice else "train.resolution or the model is too large for this machine"
 

@@ -72,9 +72,9 @@ class MetricsLog:
         for key, content in self.objects().items():
             self._store.put(key, content)
 
-    def close(self) -> None:
-        """The process ends."""
-        self._trackers.close()
+    def close(self, *, is_done: bool) -> None:
+        """The process ends, the run done or not."""
+        self._trackers.close(is_done=is_done)
 
     def _go_on(self, lines: list[str], step: int, position: int) -> None:
         kept = [line for line in lines if _is_before(json.loads(line), step, position)]

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from infra.child import emit
-from infra.errors import EXIT_OUTSIDE_WORLD, TransientError
+from infra.errors import EXIT_OUTSIDE_WORLD, TransientError, WalltimeError
+from training.stopping import StoppedTogetherError
 from training.world import World
 
 LOGGER = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _TOLD_GRACE_S: Final = 45.0  # where a process said why it ends: the others may 
 _UPLOAD_S: Final = 600.0  # a checkpoint that is nearly there is worth waiting for
 _NEWS_S: Final = 5.0
 _KEY: Final = "lacuna/peers"
-_PLANNED: Final = ("KeyboardInterrupt", "WalltimeError")
+_PLANNED: Final = (StoppedTogetherError, WalltimeError)
 
 
 @dataclass(eq=False)
@@ -123,7 +124,7 @@ class Peers:
             self._has_met.wait(_NEWS_S)  # else nobody would hear why
         # Others learn of a dead process from their own broken connections, perhaps before we do.
         lost = self._problem if is_torchs and self._has_news.wait(_NEWS_S) else ""
-        if kind is not None and kind.__name__ not in _PLANNED and not lost:
+        if kind is not None and not isinstance(error, _PLANNED) and not lost:
             self._farewell = {"end": f"{kind.__name__}: {error}"}
         self._is_over.set()
         self._thread.join()
@@ -188,11 +189,12 @@ class Peers:
                 self._lose(selector, link, f"{link.name} is gone without a word", _GRACE_S)
             return
         for message in messages:
-            if "token" in message:
-                if not secrets.compare_digest(str(message["token"]), token):
+            if link.rank is None:  # a stranger, until the first message proves otherwise
+                said, rank = str(message.get("token")).encode(), message.get("rank")
+                if not secrets.compare_digest(said, token.encode()) or not isinstance(rank, int):
                     self._remove(selector, link)
                     return
-                link.rank, link.host = int(message["rank"]), str(message["host"])
+                link.rank, link.host = rank, str(message.get("host"))
                 if sum(each.rank is not None for each in self._links) == self._world.size - 1:
                     self._has_met.set()
             elif "end" in message:
@@ -228,13 +230,15 @@ class Peers:
 
     def _end(self) -> None:
         """The main thread waits for who is lost, and will not come back."""
-        emit({"event": "error", "type": "TransientError", "message": _ended(self._problem)})
-        deadline = time.monotonic() + _UPLOAD_S
-        for thread in threading.enumerate():
-            if thread.name.startswith("commit "):
-                LOGGER.warning("%s: it may end, then this process does", thread.name)
-                thread.join(max(0.0, deadline - time.monotonic()))
-        os._exit(EXIT_OUTSIDE_WORLD)
+        try:
+            emit({"event": "error", "type": "TransientError", "message": _ended(self._problem)})
+            deadline = time.monotonic() + _UPLOAD_S
+            for thread in threading.enumerate():
+                if thread.name.startswith("commit "):
+                    LOGGER.warning("%s: it may end, then this process does", thread.name)
+                    thread.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also where nobody reads what we say any more
+            os._exit(EXIT_OUTSIDE_WORLD)
 
     # ------------------------------------------------------------------------------------------------ how they meet
 

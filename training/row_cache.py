@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ WANTED_NOW = 1
 """What is due in so many windows is not evicted."""
 
 _NUM_FETCHES = 2
+_ROOM_S = 5.0
+_ROOM_POLL_S = 0.1
 _FREE_SHARE = 0.8
 _NEVER = 1 << 62
 
@@ -112,7 +115,7 @@ class RowCache:
                 return opened
             if num_fetched < _NUM_FETCHES:
                 try:
-                    self._fetch(key, file)
+                    return self._fetch(key, file)
                 except (DamagedObjectError, ContractError) as error:
                     problem = error
                     LOGGER.warning("%s: what arrived is not used: %s", self._store.uri_of(key), error)
@@ -152,7 +155,7 @@ class RowCache:
             return None
         return opened
 
-    def _fetch(self, key: str, file: DatasetFile) -> None:
+    def _fetch(self, key: str, file: DatasetFile) -> OpenFile:
         """Fetches a file under the hash that the manifest gives it; what has another one never takes its name."""
         with self._room_for(file) as folder:
             scratch = folder / "shard.parquet"
@@ -162,13 +165,15 @@ class RowCache:
                 raise ContractError(f"{error}, and the manifest names it") from None
             if entry.num_bytes != file.num_bytes:
                 raise ContractError(f"{entry.num_bytes} bytes, the manifest says {file.num_bytes}")
-            with self._notes.locked("room"):  # nobody counts it twice, or not at all
+            with self._notes.locked("room"):  # nobody counts it twice, or not at all, or evicts it before it is held
                 os.replace(scratch, self._path(file))
                 shutil.rmtree(folder)
-        if (opened := self._open_held(file)) is not None:
-            with opened.file:
-                self._notes.note(file.sha256, opened.identity)
+                opened = self._open_held(file)
         self.num_fetched += 1
+        if opened is None:
+            raise ContractError(f"{self._path(file)} was deleted as soon as it was there")
+        self._notes.note(file.sha256, opened.identity)
+        return opened
 
     # ------------------------------------------------------------------------------------------------------------ room
 
@@ -176,20 +181,31 @@ class RowCache:
     def _room_for(self, file: DatasetFile) -> Iterator[Path]:
         """A folder to fetch into, once there is room; the caller holds the file's lock."""
         folder = self._filling / f"{file.sha256}-{file.num_bytes}"
-        with self._notes.locked("room"):
-            shutil.rmtree(folder, ignore_errors=True)  # of a killed process: we hold its lock now
-            self._make_room(file)
-            folder.mkdir()
+        deadline = time.monotonic() + _ROOM_S
+        while True:
+            with self._notes.locked("room"):
+                shutil.rmtree(folder, ignore_errors=True)  # of a killed process: we hold its lock now
+                excess = self._make_room(file)
+                if excess <= 0:
+                    folder.mkdir()
+                    break
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"train.cache_bytes: {self._max_bytes} is {excess} bytes too few for the shards that are in use at "
+                    f"once (in {self._shards.parent}); raise it to at least {self._max_bytes + excess}"
+                )
+            time.sleep(_ROOM_POLL_S)  # others may be about to close what they hold
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _make_room(self, file: DatasetFile) -> None:
+    def _make_room(self, file: DatasetFile) -> int:
+        """Evicts what is needed last and held by nobody; returns how many bytes are still missing."""
         kept = list(self._kept())
         excess = sum(entry.num_bytes for entry in kept) + self._filling_bytes() + file.num_bytes - self._max_bytes
         if excess <= 0:
-            return
+            return excess
         needs = self.needs()
         kept.sort(key=lambda entry: -entry.due(needs))
         for entry in kept:
@@ -197,11 +213,7 @@ class RowCache:
                 break
             if _evict(entry.path):
                 excess -= entry.num_bytes
-        if excess > 0:
-            raise ValueError(
-                f"train.cache_bytes: {self._max_bytes} is {excess} bytes too few for the shards that are in use at "
-                f"once (in {self._shards.parent}); raise it to at least {self._max_bytes + excess}"
-            )
+        return excess
 
     def _kept(self) -> Iterator["_Kept"]:
         for folder in (self._shards, self._quarantine):

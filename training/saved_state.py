@@ -7,8 +7,9 @@ generators.safetensors     torch's generators of each rank
 state.json                 step, position, counts, digests, config
 ```
 
-The schedule of learning rates and the draws of noise, timesteps and masks are functions of the step and the seed, which
-are in ``state.json``: they have no state of their own. There is no pickle: nothing here can bring code along.
+The schedule of learning rates is a function of the step, the draws of noise, timesteps and masks are functions of the
+seed and of the batch's number in the order (position / global batch size): they have no state of their own. There is no
+pickle: nothing here can bring code along.
 """
 
 import functools

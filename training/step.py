@@ -1,7 +1,7 @@
 """One training step, as pure functions: what is drawn, and the loss of it.
 
-Every random number is drawn per sample from a stream named (seed, step, uid). So a sample's draws depend neither on its
-batch, nor on the process that takes it, nor on how often the run was resumed.
+Every random number is drawn per sample from a stream named (seed, batch's number, uid). So a sample's draws depend
+neither on what else is in its batch, nor on the process that takes it, nor on how often the run was resumed.
 
 Legend: x_t noisy latents; t timestep; c latent channels (4); T number of timesteps.
 """

@@ -19,6 +19,10 @@ _SAME_STOP_S: Final = 0.5
 """A terminal and a launcher may each send their signal for one Ctrl-C: within this time they count as one."""
 
 
+class StoppedTogetherError(KeyboardInterrupt):
+    """All ranks end after a signal to any of them, their checkpoint committed."""
+
+
 class Stop:
     """Whether this rank should stop; all ranks do, at the same step, when any of them should.
 
@@ -65,7 +69,7 @@ class Stop:
             was_signalled: Whether any rank got a signal.
         """
         if was_signalled:
-            return KeyboardInterrupt()
+            return StoppedTogetherError()
         return WalltimeError(
             f"train.walltime_s: {self._walltime_s:g} s are nearly over; the checkpoint of step {step} is committed, "
             "the same command goes on from it"

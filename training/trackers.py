@@ -39,7 +39,7 @@ class Tracker(Protocol):
         """Local files that have changed and are to be kept with the run."""
         ...
 
-    def close(self) -> None:
+    def close(self, *, is_done: bool) -> None:
         """The process ends."""
         ...
 
@@ -124,11 +124,17 @@ class Trackers:
             self._try(name, lambda name=name, tracker=tracker: read(name, tracker))
         return objects
 
-    def close(self) -> None:
-        """Ends all; gives up on one that takes longer than a minute."""
+    def close(self, *, is_done: bool) -> None:
+        """Ends all; gives up on one that takes longer than a minute.
+
+        Args:
+            is_done: Whether the run is done, and not merely over for now.
+        """
         for name, tracker in list(self._trackers.items()):
             # A thread: the network may be gone, and the exit code of a finished training must not wait for it.
-            closing = threading.Thread(target=self._try, args=(name, tracker.close), daemon=True)
+            closing = threading.Thread(
+                target=self._try, args=(name, lambda tracker=tracker: tracker.close(is_done=is_done)), daemon=True
+            )
             closing.start()
             closing.join(_CLOSE_TIMEOUT_S)
             if closing.is_alive():
@@ -167,7 +173,7 @@ class _TensorBoard:
         shutil.rmtree(folder, ignore_errors=True)  # of a session that was killed: what counts of it is in the store
 
     def start(self, step: int) -> None:
-        self.close()
+        self.close(is_done=False)
         self._writer = self._make_writer(str(self._folder), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -180,11 +186,11 @@ class _TensorBoard:
         changed = [path for path, size in sizes.items() if self._kept.get(path) != size]
         self._kept = sizes
         if sizes and sizes[max(sizes)] > _MAX_EVENT_FILE_BYTES:  # not to be put again at every checkpoint
-            self.close()
+            self.close(is_done=False)
             self._writer = self._make_writer(str(self._folder))
         return changed
 
-    def close(self) -> None:
+    def close(self, *, is_done: bool) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -212,8 +218,8 @@ class _WandB:
     def files(self) -> list[Path]:
         return []
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, is_done: bool) -> None:
+        self._run.finish(exit_code=0 if is_done else 1)
 
 
 class _MLflow:
@@ -254,9 +260,9 @@ class _MLflow:
     def files(self) -> list[Path]:
         return []
 
-    def close(self) -> None:
+    def close(self, *, is_done: bool) -> None:
         self._mlflow.flush_async_logging()
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, status="FINISHED" if is_done else "KILLED")
 
 
 _KINDS: Final[Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]]] = {

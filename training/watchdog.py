@@ -73,7 +73,9 @@ class Watchdog:
             if silent_s < self._limit_s:
                 continue
             message = f"no progress for {silent_s:.0f} s (train.stall_timeout_s); the log says where each thread stands"
-            LOGGER.error("%s", message)
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            emit({"event": "error", "type": "TransientError", "message": message})
-            os._exit(EXIT_OUTSIDE_WORLD)
+            try:
+                LOGGER.error("%s", message)
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                emit({"event": "error", "type": "TransientError", "message": message})
+            finally:  # also where nobody reads what we say any more
+                os._exit(EXIT_OUTSIDE_WORLD)

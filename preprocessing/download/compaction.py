@@ -19,6 +19,8 @@ from preprocessing.download.ledger import LEDGER, LEDGER_PREFIX, MERGED, read_pa
 
 LOGGER = logging.getLogger(__name__)
 
+_SLICE_ROWS = 1 << 16
+
 MAX_PARTS = 64
 """Of a dataset. Each is one object to list and to read, at the beginning of every run."""
 
@@ -65,19 +67,22 @@ def _merge(store: ObjectStore, folder: str, keys: list[str]) -> int:
 def _digest(entries: pl.DataFrame) -> str:
     """Of the values alone: the same whatever wrote them, and in what layout."""
     digest = hashlib.sha256()
-    for name, dtype in entries.schema.items():
-        column = entries[name]
-        if dtype == pl.String:
-            lengths = column.str.len_bytes().to_numpy().astype("<u8")
-            digest.update(lengths.tobytes() + "".join(column.to_list()).encode())
-        else:
-            present = column.is_not_null().to_numpy().astype("u1")
-            values = column.to_physical().fill_null(0).to_numpy()
-            digest.update(present.tobytes() + values.astype("<u8" if dtype == pl.UInt64 else "<i8").tobytes())
+    for part in entries.iter_slices(_SLICE_ROWS):
+        for name, dtype in part.schema.items():
+            column = part[name]
+            if dtype == pl.String:
+                digest.update(column.str.len_bytes().to_numpy().astype("<u8").tobytes())
+                digest.update("".join(column.to_list()).encode())
+            else:
+                values = column.to_physical().fill_null(0).to_numpy()
+                digest.update(column.is_not_null().to_numpy().astype("u1").tobytes())
+                digest.update(values.astype("<u8" if dtype == pl.UInt64 else "<i8").tobytes())
     return digest.hexdigest()
 
 
 def _to_bytes(entries: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(entries.to_arrow().cast(LEDGER), buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, LEDGER, compression="zstd") as writer:
+        for part in entries.iter_slices(_SLICE_ROWS):  # a slice's texts fit Arrow's 32-bit offsets
+            writer.write_table(part.to_arrow().cast(LEDGER))
     return buffer.getvalue()

@@ -201,7 +201,7 @@ class HttpClient:
                     return answer.status, answer.data
                 target = answer
         except _FailedError as failed:
-            if failed.verdict[0] in (Reason.HTTP_CLIENT_ERROR, Reason.HTTP_NOT_NOW, Reason.OPTED_OUT):
+            if failed.verdict[0] in (Reason.HTTP_CLIENT_ERROR, Reason.OPTED_OUT):
                 return 404, b""
         finally:
             held.give_back()

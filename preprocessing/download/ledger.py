@@ -18,6 +18,7 @@ A dataset that was interrupted is not told what it noted itself, except the opt-
 All of what is remembered is held in memory, in about 100 bytes an entry.
 """
 
+import contextlib
 import io
 import logging
 from collections.abc import Callable, Mapping
@@ -230,11 +231,10 @@ def read_entries(store: ObjectStore) -> pl.DataFrame:
     for _ in range(_NUM_READS):
         parts = [pl.DataFrame(schema=pl.from_arrow(LEDGER.empty_table()).schema | {"part": pl.String})]  # pyright: ignore
         keys = _keys(store)
-        try:
-            parts += [read_part(store, key).with_columns(part=pl.lit(key)) for key in sorted(keys)]
-        except ObjectNotFoundError:
-            continue  # another run has merged it with others since it was listed
-        # A listing is no moment: what was deleted under it stands in a merged part, which is there by now.
+        for key in sorted(keys):
+            with contextlib.suppress(ObjectNotFoundError):  # another run has merged it with others since it was listed
+                parts.append(read_part(store, key).with_columns(part=pl.lit(key)))
+        # A listing is no moment: what was deleted since stands in a merged part, which is there by now.
         if not any(MERGED in key for key in _keys(store) - keys):
             return pl.concat(parts)
     raise TransientError(f"{store.uri_of(LEDGER_PREFIX)}: its parts are merged faster than they can be read")

@@ -26,8 +26,8 @@ from preprocessing.download.addresses import Verdict
 from preprocessing.download.compaction import compact
 from preprocessing.download.fetch import REQUESTS, fetch_shards
 from preprocessing.download.images import NormalizedImage
-from preprocessing.download.ledger import Ledger
-from preprocessing.stage import RowsFile, ShardOutput, find_report, rejects_table
+from preprocessing.download.ledger import MEMORY, Ledger, Memory
+from preprocessing.stage import RowsFile, ShardOutput, Stage, find_report, forget_shards, rejects_table
 
 LOGGER = logging.getLogger(__name__)
 
@@ -272,6 +272,20 @@ def _with_pictures(table: pa.Table, pictures: Sequence[NormalizedImage]) -> pa.T
         [*columns, *(pa.array(values, DOWNLOADED.field(name).type) for name, values in added.items())],
         schema=DOWNLOADED,
     )
+
+
+def ask_again(store: ObjectStore, stage: Stage, refused: Manifest) -> None:
+    """Lets the next run ask again for the shards of a refused dataset of which most failed for what may pass.
+
+    So an outage that is over leaves nothing behind; what came of other shards is kept.
+    """
+    passing = [reason for reason, memory in MEMORY.items() if memory is Memory.PASSING]
+    outages = [
+        shard.index for shard in refused.shards if 2 * sum(shard.dropped.get(r, 0) for r in passing) > shard.num_in
+    ]
+    forget_shards(store, stage, outages)
+    if outages:
+        LOGGER.warning("download: %d shards mostly failed for what may pass; the next run asks again", len(outages))
 
 
 def check_gate(manifest: Manifest, config: DownloadConfig) -> None:

@@ -1,5 +1,6 @@
 """The download stage against a real server and a real engine; where only our side is meant, a child stands in."""
 
+import io
 import logging
 import os
 import shutil
@@ -7,12 +8,16 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from infra.errors import ContractError, GateError, TransientError
 from infra.storage import ObjectStore, open_store
@@ -24,7 +29,7 @@ from preprocessing.demo.server import awkward_path, picture_path, running_server
 from preprocessing.download import fetch
 from preprocessing.download.fetch import REQUESTS, child_environment, fetch_shards
 from preprocessing.download.images import NormalizedImage
-from preprocessing.download.stage import DownloadStage, check_gate, requests_of, shard_output
+from preprocessing.download.stage import DownloadStage, ask_again, check_gate, requests_of, shard_output
 from preprocessing.stage import Progress, RowsFile, WrittenFile, run_shards, run_stage
 from tests.preprocessing.given import Given, rows_of
 
@@ -351,6 +356,59 @@ def test_what_the_gate_refuses_is_not_complete_and_is_not_downloaded_again(store
     after = {info.key: info.etag for info in store.list(f"{prefix}/")}
     assert {key: etag for key, etag in after.items() if key in before} == before
     assert set(after) - set(before) == {f"{prefix}/MANIFEST.json"}
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """A picture, or 503 as long as there is an outage."""
+
+    picture = b""
+    is_out = True
+
+    def do_GET(self) -> None:
+        self.send_response(503 if type(self).is_out else 200)
+        self.send_header("Content-Type", "image/jpeg")
+        self.send_header("Content-Length", str(0 if type(self).is_out else len(self.picture)))
+        self.end_headers()
+        if not type(self).is_out:
+            self.wfile.write(self.picture)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_an_outage_that_is_over_leaves_nothing_behind(store: ObjectStore) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG")
+    _Answers.picture, _Answers.is_out = buffer.getvalue(), True
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    site = f"http://127.0.0.1:{server.server_port}"
+    selected = run_stage(store, Given([[f"{site}/{shard}-{index}.jpg" for index in range(3)] for shard in range(2)]))
+
+    def make() -> Manifest:
+        stage = DownloadStage(store, selected, CONFIG)
+
+        def gate(found: Manifest) -> None:
+            try:
+                check_gate(found, CONFIG)
+            except GateError:
+                ask_again(store, stage, found)
+                raise
+
+        return run_stage(store, stage, gate=gate)
+
+    try:
+        with pytest.raises(GateError, match="0 of 6"):
+            make()
+        _Answers.is_out = False
+        manifest = make()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (manifest.num_in, manifest.num_out) == (6, 6)
+    prefix = dataset_prefix("download", manifest.digest)
+    there = {info.key for info in store.list(f"{prefix}/") if info.key.endswith(".parquet")}
+    assert there == {f"{prefix}/{file.name}" for shard in manifest.shards for file in shard.files}
 
 
 def test_the_childs_environment() -> None:

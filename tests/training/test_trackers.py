@@ -50,9 +50,9 @@ class MlflowClient:
         state["runs"][run_id]["points"] += [[m.key, m.value, m.step] for m in metrics]
         state["runs"][run_id]["params"] += [[p.key, p.value] for p in params]
         self._write(state)
-    def set_terminated(self, run_id):
+    def set_terminated(self, run_id, status=None):
         state = self._read()
-        state["runs"][run_id]["status"] = "FINISHED"
+        state["runs"][run_id]["status"] = status or "FINISHED"
         self._write(state)
 
 def flush_async_logging():
@@ -77,7 +77,7 @@ for session, steps in enumerate((range(1, 4), range(3, 6))):
     trackers.start(steps[0] - 1)
     for step in steps:
         trackers.log(step, {"loss": 1 / step})
-    trackers.close()
+    trackers.close(is_done=True)
 """
 
 
@@ -150,7 +150,7 @@ def _session(store: ObjectStore, folder: Path, names: tuple[str, ...], start: in
         log.append(step=step, loss=1 / step)
         if step == put_at:
             log.put()
-    log.close()
+    log.close(is_done=True)
 
 
 def _steps(store: ObjectStore) -> list[int]:
