@@ -32,7 +32,7 @@ MAX_ROLLBACKS: Final = 5
 
 MAX_UIDS_TOLD: Final = 20
 WATCHED_STEPS: Final = 50
-"""The weights must have changed after so many steps."""
+"""Most of the weights must have changed after so many steps."""
 
 _DECAYED_TO = 1e-4
 
@@ -180,7 +180,7 @@ class WeightsWatch:
         """Takes note of a step that the optimizer took.
 
         Returns:
-            What is wrong, if the weights are what they were many steps ago; the same on all ranks.
+            What is wrong, if most weights are what they were many steps ago; the same on all ranks.
         """
         self._num_steps += 1
         self._largest_rate = max(self._largest_rate, learning_rate)
@@ -190,11 +190,12 @@ class WeightsWatch:
         self.start_over()
         same = (before == self._before).tolist()
         is_decayed = step > self.train.warmup_steps and 0 < largest_rate < _DECAYED_TO * self.train.learning_rate
-        if all(same) and not is_decayed:
+        # Zeros change by the smallest of steps, where all others stay what they are.
+        if 2 * sum(same) > len(same) and not is_decayed:
             return (
-                f"steps {step - num_steps + 1} to {step} changed none of the UNet's weights, with a learning rate of "
-                f"at most {largest_rate:g}; look at train.learning_rate ({self.train.learning_rate:g}), lr_schedule "
-                "and what is frozen"
+                f"steps {step - num_steps + 1} to {step} changed {len(same) - sum(same)} of the UNet's {len(same)} "
+                f"parameters, with a learning rate of at most {largest_rate:g}; look at train.learning_rate "
+                f"({self.train.learning_rate:g}), lr_schedule and what is frozen"
             )
         if any(same) and not is_decayed:
             names = [name for (name, _), is_same in zip(self.module.named_parameters(), same, strict=True) if is_same]

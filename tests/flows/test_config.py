@@ -47,7 +47,7 @@ def test_a_recipe_names_its_runs(with_base: list[str], tmp_path: Path) -> None:
         ("train.num_steps=many", "train.num_steps: input should be a valid integer"),
         ("train.num_steps=many", "not 'many'"),
         ("train.num_steps=0", "train.num_steps: input should be greater than or equal to 1, not 0"),
-        ("train.precision=fp8", "train.precision: input should be 'fp32' or 'bf16', not 'fp8'"),
+        ("train.precision=fp8", "train.precision: input should be 'fp32', 'bf16' or 'fp16', not 'fp8'"),
         ("select.max_punsafe=.nan", "select.max_punsafe: input should be"),
         ("validation=3", "validation: input should be a valid dictionary"),
         ("train.num_steps.x=3", "train.num_steps: it has no keys of its own"),

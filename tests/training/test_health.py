@@ -75,7 +75,7 @@ def test_weights_that_do_not_change_are_noticed_within_100_steps(caplog: pytest.
     assert WATCHED_STEPS <= 100
     assert problems[:-1] == [None] * (WATCHED_STEPS - 1)
     assert problems[-1] is not None
-    assert "changed none of the UNet's weights, with a learning rate of at most 1e-30" in problems[-1]
+    assert "changed 0 of the UNet's 2 parameters, with a learning rate of at most 1e-30" in problems[-1]
     for step in range(1, WATCHED_STEPS + 1):
         with torch.no_grad():
             module.bias[0] = torch.nextafter(module.bias[0], torch.tensor(9.0))

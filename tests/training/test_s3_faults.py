@@ -239,6 +239,7 @@ def _objects(store: ObjectStore) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.soak
 def test_a_bad_network_changes_nothing(scene: Scene, say: Said):
     _campaign(scene, range(1, 2), say)
 
