@@ -231,7 +231,7 @@ def test_a_training_that_the_kernel_kills_says_what_to_lower(make_run: MakeRun, 
 @pytest.mark.soak  # fifty steps; `test_health.py` has the rule itself
 def test_a_learning_rate_that_changes_nothing_ends_the_run(make_run: MakeRun, tmp_path: Path):
     run = make_run(num_steps=200, checkpoint_every_steps=200, learning_rate=1e-30, warmup_steps=0)
-    with pytest.raises(GateError, match=r"steps 1 to 50 changed \d+ of the UNet's \d+ parameters, with a learning rate"):
+    with pytest.raises(GateError, match=r"steps 1 to 50 changed \d+ of the UNet's \d+ parameters, with"):
         train(run, workdir=tmp_path / "work", on_event=lambda _: None)
 
 
