@@ -372,7 +372,7 @@ class _Answers(BaseHTTPRequestHandler):
         if not type(self).is_out:
             self.wfile.write(self.picture)
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class' name
         pass
 
 
