@@ -25,7 +25,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,13 +38,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(REPOSITORY)
-
-from model.base_configs import VIT_H_14  # noqa: E402 - after the path is set
-from model.crop import central_square  # noqa: E402
-from model.encoders import (  # noqa: E402
+from model.base_configs import VIT_H_14
+from model.crop import central_square
+from model.encoders import (
     TextEncoder,
     encode_moments,
     encode_stored_moments,
@@ -53,18 +48,18 @@ from model.encoders import (  # noqa: E402
     images_to_pixels,
     masked_pixels,
 )
-from model.masks import draw_masks_of  # noqa: E402
-from model.specs import SD2_SCALING_FACTOR, SD2_VAE_CONFIG, LatentSpec, MaskSpec, TextSpec  # noqa: E402
-from model.tiny.world import draw, scene_at  # noqa: E402
-from preprocessing.contracts.config import EncodeConfig, ModelConfig  # noqa: E402
-from preprocessing.contracts.digests import uid_of  # noqa: E402
-from preprocessing.contracts.schemas import DOWNLOADED  # noqa: E402
-from preprocessing.encode.kernel import Encoders  # noqa: E402
-from preprocessing.encode.models import DTYPES  # noqa: E402
-from preprocessing.encode.stage import EncodeStage  # noqa: E402
-from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage  # noqa: E402
+from model.masks import draw_masks_of
+from model.specs import SD2_SCALING_FACTOR, SD2_VAE_CONFIG, LatentSpec, MaskSpec, TextSpec
+from model.tiny.world import draw, scene_at
+from preprocessing.contracts.config import EncodeConfig, ModelConfig
+from preprocessing.contracts.digests import uid_of
+from preprocessing.contracts.schemas import DOWNLOADED
+from preprocessing.encode.kernel import Encoders
+from preprocessing.encode.models import DTYPES
+from preprocessing.encode.stage import EncodeStage
+from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage
 
-from infra.storage import open_store  # noqa: E402  # isort: skip
+from infra.storage import open_store  # isort: skip
 
 MODEL: Final = ModelConfig(base="tiny", base_prediction_type="v_prediction")
 
