@@ -118,7 +118,13 @@ def test_an_open_file_takes_room_and_stays_what_it_was(tmp_path: Path, files: li
 
 
 def _bytes_taken(folder: Path) -> int:
-    """By all files in a folder, and by deleted ones that this process has open or mapped."""
+    """By all files in a folder, and by deleted ones that this process has open or mapped, at one moment."""
+    with open(folder / "locks" / "room", "ab") as room:  # else a file could be counted, and then the one in its place
+        fcntl.flock(room, fcntl.LOCK_EX)
+        return sum(_sizes(folder).values())
+
+
+def _sizes(folder: Path) -> dict[int, int]:
     sizes = {}
     for path in folder.rglob("*.parquet"):
         with contextlib.suppress(FileNotFoundError):
@@ -130,7 +136,7 @@ def _bytes_taken(folder: Path) -> int:
                 if str(link.readlink()).startswith(str(folder / "shards")):
                     stat = os.stat(link)
                     sizes[stat.st_ino] = stat.st_size
-    return sum(sizes.values())
+    return sizes
 
 
 @pytest.mark.skipif(not Path("/proc/self/map_files").is_dir(), reason="looks at open files through /proc")
