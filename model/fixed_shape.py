@@ -9,7 +9,6 @@ several threads in every operation. What remains: another kind of processor or G
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -17,6 +16,8 @@ from typing import Final
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
+
+from model.lone_threads import lone_threads
 
 TEXT_MICRO_BATCH: Final = 16
 _CUDA_TEXT_MICRO_BATCH: Final = 64
@@ -79,14 +80,7 @@ def map_micro_batches(
 
 @functools.lru_cache(maxsize=4)
 def _lanes(num_lanes: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch computes alone."""
-    num_threads = torch.get_num_threads()
-    lanes = ThreadPoolExecutor(num_lanes, "lane", initializer=torch.set_num_threads, initargs=(1,))
-    all_there = threading.Barrier(num_lanes)
-    list(lanes.map(lambda _: all_there.wait(), range(num_lanes)))
-    # A thread's own number, but also the one that threads yet to come start with.
-    torch.set_num_threads(num_threads)
-    return lanes
+    return lone_threads(num_lanes, "lane")
 
 
 os.register_at_fork(after_in_child=_lanes.cache_clear)  # threads stay behind in a fork

@@ -1,7 +1,6 @@
 """Batches in order, put together ahead of need by threads, in memory that is used again and again."""
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,8 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import torch
-
+from model.lone_threads import lone_threads
 from preprocessing.contracts.manifest import DatasetFile
 from training.batch import Batch
 from training.part import Part
@@ -89,7 +87,7 @@ class Batches:
         self._dataset, self._share = dataset, share
         self._step = self._next_to_make = start_step
         self._end = None if num_steps is None else start_step + num_steps
-        self._workers = _single_threaded(num_workers) if num_workers else None
+        self._workers = lone_threads(num_workers, "batch") if num_workers else None
         self._fetchers = ThreadPoolExecutor(num_fetchers, "shard") if num_fetchers else None
         self._num_ahead = 2 * num_workers
         self._made: deque[Future[Batch]] = deque()
@@ -169,23 +167,6 @@ class Batches:
             if sha256 not in self._asked_for:
                 self._fetchers.submit(_prepare, part, file)
         self._windows, self._asked_for = windows, set(due)
-
-
-def _single_threaded(num_workers: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not spread a call over further ones: they are the parallelism."""
-    num_threads = torch.get_num_threads()
-    begun = threading.Barrier(num_workers + 1)
-
-    def begin() -> None:
-        torch.set_num_threads(1)  # OpenMP's number is each thread's own; torch's, which only new threads ask, is not
-        begun.wait()
-
-    workers = ThreadPoolExecutor(num_workers, "batch", begin)
-    for _ in range(num_workers):
-        workers.submit(int)
-    begun.wait()
-    torch.set_num_threads(num_threads)
-    return workers
 
 
 def _prepare(part: Part, file: DatasetFile) -> None:

@@ -90,7 +90,7 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", alone_here)),
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(_PORT)),
+        "MASTER_PORT": environment.get("MASTER_PORT", "0" if size == "1" else str(_PORT)),  # alone: any free one
     }
 
 
