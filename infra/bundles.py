@@ -6,15 +6,11 @@ file's sha256 against the manifest, takes no damaged one either.
 """
 
 import contextlib
-import ctypes
-import fcntl
 import hashlib
 import logging
 import os
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.claims import CLAIM_NAME, Claim
 from infra.errors import ContractError, TransientError
+from infra.landing import check_space, keep_only, land_file, move_into_place, scratch_folder
 from infra.reading import is_being_read, reading
 from infra.storage import (
     AlreadyExistsError,
@@ -41,14 +38,16 @@ MANIFEST_NAME = "MANIFEST.json"
 
 BundleKind = Literal["checkpoint", "export", "report"]
 NameFilter = Callable[[str], bool]
+OnProgress = Callable[[int, int], None]
+"""Called with how many bytes are there, and how many there are in all."""
 
-_OWN_NAMES = (MANIFEST_NAME, CLAIM_NAME)
+_DELETING_NAME = f"{MANIFEST_NAME}.deleting"
+"""The manifest of a bundle that is being deleted, or was given back while it was."""
+
+_OWN_NAMES = (MANIFEST_NAME, CLAIM_NAME, _DELETING_NAME)
 _CHUNK_BYTES = 8 << 20
 _NUM_DOWNLOADS = 4
 _MAX_UPLOAD_ROUNDS = 5
-_ABANDONED_S = 60.0
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 class _Record(BaseModel):
@@ -180,7 +179,7 @@ def commit_bundle(
         step=step,
         files=files,
         metadata=dict(metadata or {}),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         conditional_writes=store.conditional_writes,
     ).sealed()
     manifest_key = f"{prefix}/{MANIFEST_NAME}"
@@ -240,27 +239,54 @@ def _is_there(store: ObjectStore, key: str, file: BundleFile, etags: dict[str, s
     return info.num_bytes == file.num_bytes and info.etag == etags[file.name]
 
 
-def delete_bundle(store: ObjectStore, prefix: str) -> bool:
+def delete_bundle(store: ObjectStore, prefix: str, is_wanted: Callable[[], bool] = lambda: False) -> bool:
     """Delete a bundle, its manifest first: what is left, if we are killed, is no bundle; doing it again finishes it.
 
+    Args:
+        store: Where it is.
+        prefix: The bundle's.
+        is_wanted: Asked before, and again when the manifest is gone: whoever found the bundle complete may have begun
+            to point to it meanwhile.
+
     Returns:
-        False if somebody is reading it, and it was left alone.
+        False if somebody is reading it, or wants it, and it was left alone.
     """
     if is_being_read(store, prefix):
         return False
-    key = f"{prefix}/{MANIFEST_NAME}"
-    try:
-        data = store.read(key)
-    except ObjectNotFoundError:
-        data = None
-    store.delete(key)
-    if is_being_read(store, prefix):  # a reader who came meanwhile may have seen the manifest
-        if data is not None:
-            store.put_if_absent(key, data)
+    if is_wanted():
+        _restore(store, prefix)  # a deletion may have been killed before it could
         return False
-    for info in list(store.list(f"{prefix}/")):
+    with contextlib.suppress(ObjectNotFoundError):
+        store.put(f"{prefix}/{_DELETING_NAME}", store.read(f"{prefix}/{MANIFEST_NAME}"))
+    store.delete(f"{prefix}/{MANIFEST_NAME}")
+    may_go = False
+    try:
+        may_go = not (is_being_read(store, prefix) or is_wanted())  # who came meanwhile may have seen the manifest
+    finally:
+        if not may_go:  # also where nobody can say
+            _restore(store, prefix)
+    if not may_go:
+        return False
+    aside, claim = f"{prefix}/{_DELETING_NAME}", f"{prefix}/{CLAIM_NAME}"
+    # Last the claim: it keeps others from making the bundle again meanwhile.
+    for info in sorted(store.list(f"{prefix}/"), key=lambda info: (info.key == claim, info.key != aside)):
         store.delete(info.key)
     return True
+
+
+def _restore(store: ObjectStore, prefix: str) -> None:
+    """Makes a bundle complete again of which a deletion took no more than the manifest."""
+    aside = f"{prefix}/{_DELETING_NAME}"
+    try:
+        data = store.read(aside)
+    except ObjectNotFoundError:
+        return
+    sizes = {info.key: info.num_bytes for info in store.list(f"{prefix}/")}
+    files = parse_manifest(data, store.uri_of(aside)).files
+    if all(sizes.get(f"{prefix}/{file.name}") == file.num_bytes for file in files):
+        with contextlib.suppress(AlreadyExistsError):
+            store.put_if_absent(f"{prefix}/{MANIFEST_NAME}", data)
+    store.delete(aside)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
@@ -361,7 +387,8 @@ def fetch_bundle(store: ObjectStore, prefix: str, to: Path, names: NameFilter | 
     """Bring a bundle to a local folder, which appears only once it is whole and verified.
 
     A folder that holds the bundle already, by every sha256, is left as it is. One that an earlier fetch made is
-    replaced in one step; anything else that is there is not touched.
+    replaced in one step; anything else that is there is not touched. A fetch that was killed, or that the network
+    ended, is gone on with by the next one: files that are complete stay, large ones go on from their bytes.
 
     Args:
         store: Where from.
@@ -374,22 +401,27 @@ def fetch_bundle(store: ObjectStore, prefix: str, to: Path, names: NameFilter | 
 
     Raises:
         ObjectNotFoundError: There is no complete bundle, or one of its files is gone.
-        ValueError: ``to`` holds something else.
+        ValueError: ``to`` holds something else, or there is no room.
         TransientError: A file is not what the manifest says.
     """
     key = f"{prefix}/{MANIFEST_NAME}"
     data = store.read(key)
     manifest = parse_manifest(data, store.uri_of(key))
-    if manifest.kind != "checkpoint":  # the only ones that are ever deleted
+    if manifest.kind == "report":  # these are never deleted
         return fetch_files(store, prefix, data, to, names)
     with reading(store, prefix, manifest.num_bytes):
         return fetch_files(store, prefix, store.read(key), to, names)
 
 
 def fetch_files(
-    store: ObjectStore, prefix: str, manifest_data: bytes, to: Path, names: NameFilter | None = None
+    store: ObjectStore,
+    prefix: str,
+    manifest_data: bytes,
+    to: Path,
+    names: NameFilter | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BundleManifest:
-    """`fetch_bundle` with a manifest that was read, and perhaps checked, before."""
+    """`fetch_bundle` with a manifest that was read, and perhaps checked, before; ``on_progress`` hears of the bytes."""
     manifest = parse_manifest(manifest_data, store.uri_of(f"{prefix}/{MANIFEST_NAME}"))
     to = Path(os.path.abspath(to.expanduser()))
     wanted = [file for file in manifest.files if names is None or names(file.name)]
@@ -398,23 +430,62 @@ def fetch_files(
         return manifest
     _check_replaceable(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch_folder(to) as scratch:
+    tally = _Tally(sum(file.num_bytes for file in wanted), on_progress)
+    with scratch_folder(to, sha256_of_bytes(manifest_data)[:32]) as scratch:
+        keep_only(scratch, {file.name for file in wanted})
+        check_space(scratch, tally.num_total - sum(p.stat().st_size for p in scratch.rglob("*") if p.is_file()))
         with ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
             tasks = [
-                pool.submit(store.download, f"{prefix}/{file.name}", scratch / file.name, file.sha256)
+                pool.submit(
+                    land_file,
+                    store,
+                    f"{prefix}/{file.name}",
+                    scratch / file.name,
+                    file.num_bytes,
+                    file.sha256,
+                    scratch,
+                    tally.add,
+                )
                 for file in wanted
             ]
             try:
                 for task in tasks:
                     task.result()
             except BaseException:
+                tally.is_over = True
                 pool.shutdown(cancel_futures=True)  # one bad file, or Ctrl-C: the others are for nothing
                 raise
-        (scratch / MANIFEST_NAME).write_bytes(manifest_data)
-        _fsync_tree(scratch)
+        with open(scratch / MANIFEST_NAME, "wb") as file:  # the others were made durable when they came
+            file.write(manifest_data)
+            file.flush()
+            os.fsync(file.fileno())
         _check_replaceable(to)
-        _move_into_place(scratch, to)
+        move_into_place(scratch, to)
     return manifest
+
+
+class _Tally:
+    """Adds up what several threads have fetched, and tells it."""
+
+    def __init__(self, num_total: int, on_progress: OnProgress | None) -> None:
+        self.num_total = num_total
+        self.is_over = False
+        self._num_done = 0
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        """So many more are there.
+
+        Raises:
+            TransientError: It was given up meanwhile, and there is no use in going on.
+        """
+        if self.is_over:
+            raise TransientError("another file could not be fetched, or the fetch was interrupted")
+        with self._lock:
+            self._num_done += num_bytes
+            if self._on_progress is not None:
+                self._on_progress(self._num_done, self.num_total)
 
 
 def holds_files(folder: Path, manifest_data: bytes, files: list[BundleFile]) -> bool:
@@ -450,74 +521,6 @@ def _check_replaceable(folder: Path) -> None:
     strange = sorted(set(_files_of(folder)) - {MANIFEST_NAME, *(file.name for file in manifest.files)})
     if strange:
         raise ValueError(f"to: '{folder}' is an earlier pull, but '{strange[0]}' is not of it; {advice}")
-
-
-@contextlib.contextmanager
-def _scratch_folder(to: Path) -> Iterator[Path]:
-    """Make a locked folder beside the target; remove it at the end, with those that killed fetches left."""
-    start = f".{to.name}.lacuna-"
-    for path in to.parent.glob(f"{start}*"):
-        _remove_if_abandoned(path)
-    scratch = to.parent / f"{start}{uuid.uuid4().hex}"
-    scratch.mkdir()
-    descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield scratch
-    finally:
-        os.close(descriptor)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _remove_if_abandoned(path: Path) -> None:
-    """Remove a scratch folder whose maker is dead: its lock is free. The age is for one that is not locked yet."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_S:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-def _move_into_place(scratch: Path, to: Path) -> None:
-    """Rename the scratch folder to its name; what was there before goes to the scratch folder's name."""
-    try:
-        os.rename(scratch, to)  # replaces nothing, or an empty folder
-    except OSError:
-        if not to.is_dir():
-            raise
-        if not _exchange(scratch, to):
-            # No exchange on this filesystem: there is a moment without the folder, never one with half of it.
-            aside = scratch.with_name(f"{scratch.name}-old")
-            os.rename(to, aside)
-            os.rename(scratch, to)
-            os.rename(aside, scratch)
-    _fsync_folder(to.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step, where the system can (Linux renameat2)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def _fsync_tree(folder: Path) -> None:
-    with open(folder / MANIFEST_NAME, "rb") as file:  # the others were made durable by the download
-        os.fsync(file.fileno())
-    for path, _, _ in os.walk(folder):
-        _fsync_folder(Path(path))
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def manifest_sha256(store: ObjectStore, prefix: str) -> str:

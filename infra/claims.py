@@ -67,6 +67,10 @@ class Claim:
             return False
         return True
 
+    def take_now(self) -> bool:
+        """Takes the claim if nobody else holds it; does not wait."""
+        return self._take(_LEASE_S)
+
     def release(self) -> None:
         """Gives the claim up."""
         self._expires_at = 0.0

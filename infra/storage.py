@@ -129,19 +129,21 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
-    def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+    def read_range(self, key: str, start: int, num_bytes: int, etag: str | None = None) -> bytes:
         """Return a part of an object.
 
         Args:
             key: The object.
             start: Offset of the first byte, >= 0.
             num_bytes: How many to read, >= 0.
+            etag: Of the content that a part is wanted of; the range then lies within it.
 
         Returns:
             The bytes [start, start + num_bytes), fewer only where the object ends.
 
         Raises:
             ObjectNotFoundError: There is no such object.
+            ConflictError: It is another one than ``etag`` says.
         """
 
     @abstractmethod

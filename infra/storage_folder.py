@@ -84,9 +84,11 @@ class FolderStore(ObjectStore):
             return file.read(), info.etag
 
     @override
-    def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+    def read_range(self, key: str, start: int, num_bytes: int, etag: str | None = None) -> bytes:
         check_range(start, num_bytes)
         with self._open(key) as file:
+            if etag is not None and _etag(file, None) != etag:
+                raise ConflictError(f"{self.uri_of(key)} is no longer the object with etag {etag}")
             file.seek(start)
             return file.read(num_bytes)
 

@@ -169,17 +169,20 @@ class S3Store(ObjectStore):
         raise TransientError(f"{self.uri_of(key)}: it was replaced {_NUM_FRESH_READS} times while it was read")
 
     @override
-    def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+    def read_range(self, key: str, start: int, num_bytes: int, etag: str | None = None) -> bytes:
         check_range(start, num_bytes)
         if num_bytes == 0:
             self.head(key)
             return b""
+        version = None if etag is None else _Version(etag, start + num_bytes, None)
         for _ in range(_NUM_FRESH_READS):
             pieces: list[bytes] = []
             try:
-                self._receive(key, pieces.append, start, num_bytes)
-            except _ReplacedError:
-                continue
+                self._receive(key, pieces.append, start, num_bytes, version)
+            except _ReplacedError as error:
+                if version is None:
+                    continue
+                raise ConflictError(str(error)) from None
             return b"".join(pieces)
         raise TransientError(f"{self.uri_of(key)}: it was replaced {_NUM_FRESH_READS} times while it was read")
 
@@ -357,7 +360,12 @@ class S3Store(ObjectStore):
         return self._ask(key, lambda: self.client.head_object(**name))
 
     def _receive(
-        self, key: str, sink: Callable[[bytes], object], start: int = 0, num_bytes: int | None = None
+        self,
+        key: str,
+        sink: Callable[[bytes], object],
+        start: int = 0,
+        num_bytes: int | None = None,
+        version: _Version | None = None,
     ) -> _Version:
         """Stream an object, or a part of it, going on where a connection broke, and always with the same version.
 
@@ -366,6 +374,7 @@ class S3Store(ObjectStore):
             sink: Called with each piece, in order.
             start: Offset of the first byte.
             num_bytes: How many; None for all.
+            version: Which one; None for the one that is there.
 
         Returns:
             What was read.
@@ -374,7 +383,6 @@ class S3Store(ObjectStore):
             _ReplacedError: Another version took its place.
         """
         have = 0
-        version: _Version | None = None
         patience = _Patience()
 
         def take(piece: bytes) -> None:

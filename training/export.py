@@ -6,6 +6,7 @@ not made again, and a channel moves only by its own rule.
 
 import json
 import logging
+import math
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from infra.bundles import BundleManifest, commit_bundle, find_bundle, load_bundle
 from infra.channels import ChannelPointer, MayReplace, move_channel, pointer_to, read_channel
 from infra.child import emit, run_as_child
-from infra.errors import ContractError
+from infra.errors import ContractError, GateError
+from infra.gates import Gate
 from infra.storage import ObjectNotFoundError, ObjectStore, open_store
 from model.base_files import local_files
 from model.base_weights import BASE_NAME
@@ -33,6 +35,7 @@ from training.heldout import read_manifest
 from training.inpainting import load_ema_unet
 from training.licenses import recognize_license
 from training.model_card import Lineage, model_card
+from training.retention import delete_old_exports
 from training.runspec import step_name
 from training.runspec_validation import ExportSpec
 
@@ -55,8 +58,8 @@ def export(spec: ExportSpec, scratch: Path, on_progress: Callable[[str], None] |
         on_progress: Called with what is being done.
 
     Returns:
-        ``prefix`` of the export's folder, ``channels``: name → what became of it (``moved …`` or ``kept: why``), and
-        ``was_done``: whether the export was there before.
+        ``prefix`` of the export's folder, ``channels``: name → what became of it (``moved …`` or ``kept: why``),
+        ``deleted``: prefixes of old exports, and ``was_done``: whether the export was there before.
 
     Raises:
         ValueError: A metric that a channel's rule asks for is not in the report, or inputs do not belong together.
@@ -76,7 +79,12 @@ def export(spec: ExportSpec, scratch: Path, on_progress: Callable[[str], None] |
     channels = {name: _move(store, spec, name, summary) for name in spec.config.channels}
     for name, outcome in channels.items():
         LOGGER.info("channel %s: %s", name, outcome)
-    return {"prefix": spec.export_prefix, "channels": channels, "was_done": done is not None}
+    deleted = []
+    if spec.config.keep_exports is not None:
+        notify("retention")
+        deleted = delete_old_exports(store, spec.run_id, spec.config.keep_exports)
+        LOGGER.info("%d old exports were deleted: %s", len(deleted), ", ".join(deleted))
+    return {"prefix": spec.export_prefix, "channels": channels, "deleted": deleted, "was_done": done is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------- folder
@@ -263,7 +271,11 @@ def _move(store: ObjectStore, spec: ExportSpec, name: str, summary: Mapping[str,
     if current is not None and (current.bundle, current.manifest_sha256) == (pointer.bundle, pointer.manifest_sha256):
         return "kept: points to this export already"
     refusals: list[str] = []
-    moved = move_channel(store, name, pointer, _rule(store, spec.config, pointer, refusals))
+    gate = Gate(report=spec.report_prefix, minimum=spec.config.stable_min)
+    try:
+        moved = move_channel(store, name, pointer, _rule(store, spec.config, pointer, refusals), gate=gate)
+    except GateError as error:
+        return f"kept: {error}"
     if moved is not None:
         return f"moved to {pointer.bundle}"
     return f"kept: {refusals[-1] if refusals else 'it points to a later step of this run'}"
@@ -274,13 +286,10 @@ def _rule(store: ObjectStore, config: PublishConfig, pointer: ChannelPointer, re
 
     def may_replace(current: ChannelPointer | None) -> bool:
         reason = None
-        if pointer.channel == "stable":
-            reason = below_minimum(config.stable_min, pointer.metrics)
-        if reason is None and current is not None:
-            if pointer.channel == "best":
-                reason = not_better(config.best_metric, pointer, current)
-            else:
-                reason = _not_newer(store, pointer, current)
+        if pointer.channel == "best":
+            reason = not_better(config.best_metric, pointer, current)
+        elif current is not None:
+            reason = _not_newer(store, pointer, current)
         if reason is not None:
             refusals.append(reason)
         return reason is None
@@ -288,17 +297,15 @@ def _rule(store: ObjectStore, config: PublishConfig, pointer: ChannelPointer, re
     return may_replace
 
 
-def below_minimum(minimum: Mapping[str, float], metrics: Mapping[str, float]) -> str | None:
-    """Says which metrics are below their minimum, None if none is."""
-    below = [f"{name} {metrics[name]:.4g} < {least:.4g}" for name, least in minimum.items() if metrics[name] < least]
-    return None if not below else f"below publish.stable_min: {', '.join(below)}"
-
-
-def not_better(metric: str, pointer: ChannelPointer, current: ChannelPointer) -> str | None:
-    """Says why a candidate is not better; one that was chosen by another metric is no competitor."""
-    if metric not in current.metrics or pointer.metrics[metric] > current.metrics[metric]:
+def not_better(metric: str, pointer: ChannelPointer, current: ChannelPointer | None) -> str | None:
+    """Says why a candidate is not better; one that was chosen by another metric, or by none, is no competitor."""
+    value = pointer.metrics.get(metric, math.nan)
+    if math.isnan(value):
+        return f"{metric} is no number"
+    standing = math.nan if current is None else current.metrics.get(metric, math.nan)
+    if current is None or math.isnan(standing) or value > standing:
         return None
-    return f"{metric} {pointer.metrics[metric]:.4g} is not above {current.metrics[metric]:.4g} of {current.bundle}"
+    return f"{metric} {value:.4g} is not above {standing:.4g} of {current.bundle}"
 
 
 def _not_newer(store: ObjectStore, pointer: ChannelPointer, current: ChannelPointer) -> str | None:

@@ -1,16 +1,19 @@
-"""Which checkpoints of a run stay, and how the others go."""
+"""Which checkpoints of a run stay, which exports of a recipe, and how the others go."""
 
 import contextlib
 import json
 import logging
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from infra.bundles import MANIFEST_NAME, delete_bundle
-from infra.channels import read_channel
+from infra.bundles import MANIFEST_NAME, BundleManifest, delete_bundle, find_bundle
+from infra.channels import named_bundles, read_channel
+from infra.claims import Claim
+from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
-from training.runspec import checkpoints_prefix, step_of, validation_prefix
+from training.runspec import EXPORTS_PREFIX, checkpoints_prefix, recipe_of, step_of, validation_prefix
 
 LOGGER = logging.getLogger(__name__)
 
@@ -82,6 +85,71 @@ def delete_old(store: ObjectStore, run_id: str, retention: Retention) -> list[st
         if prefix not in complete and step_of(prefix) < min(steps[-retention.last :]):
             delete_bundle(store, prefix)
     return deleted
+
+
+def delete_old_exports(store: ObjectStore, run_id: str, keep: int) -> list[str]:
+    """Deletes exports of all runs of a recipe but those published last, and what killed deletions left behind.
+
+    What a channel points to stays, what it pointed to before, what is being read or published, and what cannot be read:
+    that is left to be looked at. Where a channel cannot be read, nothing is deleted.
+
+    Args:
+        store: Where the exports are.
+        run_id: A run of the recipe.
+        keep: So many of those that were published last stay, whatever their step.
+
+    Returns:
+        Prefixes of the exports that were deleted.
+    """
+    try:
+        named = named_bundles(store)
+    except ContractError as error:
+        LOGGER.warning("publish.keep_exports: nothing is deleted, since a channel cannot be read: %s", error)
+        return []
+    found = _readable_exports(store, recipe_of(run_id))
+    complete = {prefix: manifest for prefix, manifest in found.items() if manifest is not None}
+    last = set(sorted(complete, key=lambda prefix: _age_of(complete[prefix]))[-keep:])
+    deleted = []
+    # One that is named and not complete: a deletion was killed just after a channel came to name it, and is undone.
+    for prefix in sorted(found.keys() - last - (named & complete.keys())):
+        # Whoever publishes it, perhaps once more, holds the claim; while we hold it, nobody begins to.
+        claim = Claim(store, prefix, f"retention {uuid.uuid4().hex}", lambda: False)
+        if not claim.take_now():
+            continue
+        try:
+            is_gone = delete_bundle(store, prefix, lambda prefix=prefix: prefix in named_bundles(store))
+        except ContractError as error:
+            LOGGER.warning("%s stays, since it cannot be said who names it: %s", store.uri_of(prefix), error)
+            continue
+        finally:
+            claim.release()
+        if not is_gone:
+            LOGGER.info("%s is being read, or a channel came to name it: it stays for now", store.uri_of(prefix))
+        elif prefix in complete:
+            deleted.append(prefix)
+    return deleted
+
+
+def _readable_exports(store: ObjectStore, recipe: str) -> dict[str, BundleManifest | None]:
+    """Prefix → manifest, None where it is not complete; those that cannot be read are named in the log."""
+    found: dict[str, BundleManifest | None] = {}
+    for prefix in _list_exports(store, recipe):
+        try:
+            found[prefix] = find_bundle(store, prefix)
+        except ContractError as error:
+            LOGGER.warning("publish.keep_exports: this one stays, since it cannot be read: %s", error)
+    return found
+
+
+def _list_exports(store: ObjectStore, recipe: str) -> list[str]:
+    """Prefixes below which there is anything, also what is not complete."""
+    runs = [run_id for run_id in store.list_folders(f"{EXPORTS_PREFIX}/") if recipe_of(run_id) == recipe]
+    keys = (info.key.split("/") for run_id in runs for info in store.list(f"{EXPORTS_PREFIX}/{run_id}/"))
+    return sorted({"/".join(parts[:3]) for parts in keys if len(parts) > 3})
+
+
+def _age_of(manifest: BundleManifest) -> tuple[str, str, int]:
+    return manifest.created_at, manifest.run_id, manifest.step
 
 
 def list_checkpoints(store: ObjectStore, run_id: str) -> dict[str, set[str]]:

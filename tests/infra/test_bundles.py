@@ -148,7 +148,7 @@ def test_earlier_fetch_is_replaced_and_nothing_else_is(tmp_path: Path, folder: P
 def test_replacing_works_where_folders_cannot_change_places(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("infra.bundles._exchange", lambda one, other: False)
+    monkeypatch.setattr("infra.landing._exchange", lambda one, other: False)
     test_earlier_fetch_is_replaced_and_nothing_else_is(tmp_path, folder)
 
 
