@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from infra import pulse
 from preprocessing.ahead import read_ahead
 from preprocessing.block_lists import BlockLists
 from preprocessing.contracts.config import SelectConfig
@@ -175,6 +176,7 @@ def _pieces(
             done = 0
             for piece in judge.judged(path, position, tally):
                 done += len(piece.codes)
+                pulse.beat()  # all metadata may be read before the first shard is there
                 yield piece
             source.file.check_unchanged()
         position += done

@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra import pulse
 from infra.errors import GateError
 from infra.storage import ObjectStore
 from preprocessing.ahead import read_ahead
@@ -28,9 +29,11 @@ from preprocessing.block_lists import BlockLists, read_block_lists
 from preprocessing.contracts.config import SelectConfig, SourceConfig
 from preprocessing.contracts.digests import digest_of
 from preprocessing.contracts.manifest import Manifest
+from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import REJECTS, SELECTED
+from preprocessing.contracts.tombstones import Tombstones
 from preprocessing.demo.metadata import metadata_key, put_metadata, write_metadata
-from preprocessing.filters import reason_of
+from preprocessing.filters import CODES, reason_of
 from preprocessing.laion import find_metadata, open_metadata
 from preprocessing.releases import check_withdrawn
 from preprocessing.scan import REJECTS as REJECTED
@@ -87,7 +90,10 @@ class SelectStage:
     @property
     def parents(self) -> dict[str, str]:
         """The digest of the metadata files: of their contents in their order, whatever they are called."""
-        contents = [[item.file.sha256, item.subset, item.share] for item in self._files]
+        contents = []
+        for item in self._files:
+            contents.append([item.file.sha256, item.subset, item.share])
+            pulse.beat()
         return {"source": digest_of("source", 1, {"files": contents}, [])}
 
     @property
@@ -130,14 +136,18 @@ class SelectStage:
         if self._source.is_demo:
             put_metadata(self._store, self._source.demo)
         tally, wanted = Tally(self._num_rows), frozenset(indices)
+        tombstones = Tombstones.load(self._store)
         with tempfile.TemporaryDirectory(prefix="select-", dir=scratch) as name:
             folder = Path(name)
 
             def decided() -> Iterator[ShardRows]:
                 shards = scan(self._files, self._config, self._blocked, self._source.rows_per_shard, tally, folder)
+                if len(tombstones):
+                    shards = (_without_forgotten(shard, tombstones) for shard in shards)
                 if are_needed(self._config):
                     shards = _against_each_other(shards, self._config, self._num_rows, folder)
                 for shard in shards:
+                    pulse.beat()
                     tally.add_shard(shard.num_in, shard.dropped, shard.candidates)
                     if shard.index in wanted:
                         yield shard
@@ -186,6 +196,22 @@ class SelectStage:
         return Path(folder)
 
 
+def _without_forgotten(shard: ShardRows, tombstones: Tombstones) -> ShardRows:
+    """Refuses candidates that a tombstone names, before they are held against others; of rejects the uid stays."""
+    rows = shard.candidates
+    uids = uid_text(rows["uid_high"].to_numpy(), rows["uid_low"].to_numpy()).to_pylist()
+    named = tombstones.matches(uids, rows["url"].to_list(), rows["expected_sha256"].to_list())
+    if not named.any():
+        return shard
+    dropped = shard.dropped + Counter({Reason.FORGOTTEN.value: int(named.sum())})
+    lost = None
+    if shard.rejects is not None:
+        hidden = {"url": pl.lit(None, pl.String), "detail": pl.lit(None, pl.String)}
+        code = pl.lit(CODES[Reason.FORGOTTEN], pl.UInt8)
+        lost = rows.filter(named).with_columns(code=code, **hidden).select(REJECTED)
+    return replace(shard, dropped=dropped, candidates=rows.filter(~named), lost=lost)
+
+
 def _against_each_other(
     shards: Iterator[ShardRows], config: SelectConfig, num_rows: int, folder: Path
 ) -> Iterator[ShardRows]:
@@ -217,6 +243,8 @@ def _without_losers(shard: ShardRows, winners: Winners) -> ShardRows:
     if shard.rejects is not None:
         code = pl.Series(winners.codes[reasons], dtype=pl.UInt8)
         lost = shard.candidates.filter(is_lost).with_columns(code=code, detail=pl.lit(None, pl.String)).select(REJECTED)
+        if shard.lost is not None:
+            lost = pl.concat([shard.lost, lost]).sort("position")
     return replace(shard, dropped=dropped, candidates=shard.candidates.filter(~is_lost), lost=lost)
 
 

@@ -43,7 +43,9 @@ from preprocessing.contracts.manifest import (
     find_manifest,
     load_manifest,
 )
+from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import REJECTS
+from preprocessing.references import references_to
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class RowsFile:
     table: pa.Table
     split: Split | None = None
     writer: Mapping[str, Any] = field(default_factory=lambda: PARQUET_WRITER)
+    without: tuple[str, ...] = ()
+    """Columns of which some values are missing; see `DatasetFile.without`."""
 
     @property
     def num_rows(self) -> int:
@@ -82,6 +86,7 @@ class WrittenFile:
     path: Path
     num_rows: int
     split: Split | None = None
+    without: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:  # as RowsFile
         """Where it is."""
@@ -101,6 +106,7 @@ class ShardOutput:
             not written.
         is_repeatable: Whether making it again gives the same bytes. Where it does not, file names carry their hash: of
             two runs at once, none replaces what the other's report names.
+        digest: As in `ShardReport`.
     """
 
     index: int
@@ -109,11 +115,38 @@ class ShardOutput:
     rejects: pa.Table | WrittenFile
     dropped: Mapping[str, int] | None = None
     is_repeatable: bool = True
+    digest: str | None = None
 
     @property
     def is_on_disk(self) -> bool:
         """Whether its rows wait in scratch, and take no memory."""
         return all(isinstance(file, WrittenFile) for file in self.rows)
+
+
+@dataclass(frozen=True)
+class ShardReference:
+    """A shard that stands in another dataset, and is named instead of made.
+
+    Attributes:
+        report: With the files where they are; see `ShardReport.standing_in`.
+    """
+
+    report: ShardReport
+
+    @property
+    def index(self) -> int:
+        """Of the shard."""
+        return self.report.index
+
+    @property
+    def num_in(self) -> int:
+        """Rows read."""
+        return self.report.num_in
+
+    @property
+    def is_on_disk(self) -> bool:
+        """As `ShardOutput`: it takes no memory."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -173,15 +206,19 @@ class Stage(Protocol):
         """Writes files that belong to the whole dataset; returns their paths under ``folder``."""
         ...
 
-    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
-        """Makes the given shards, in any order, each once, but for those that somebody else has committed."""
+    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput | ShardReference]:
+        """Makes or names the given shards, in any order, each once, but for those that somebody else has committed."""
         ...
 
 
 def rejects_table(
     uids: Sequence[str], urls: Sequence[str | None], reasons: Sequence[str], details: Sequence[str | None]
 ) -> pa.Table:
-    """Refused rows in the ``REJECTS`` schema; all sequences are of one length."""
+    """Refused rows in the ``REJECTS`` schema; all sequences are of one length. Of forgotten ones only the uid stays."""
+    if Reason.FORGOTTEN in reasons:
+        is_shown = [reason != Reason.FORGOTTEN for reason in reasons]
+        urls = [url if is_told else None for url, is_told in zip(urls, is_shown, strict=True)]
+        details = [detail if is_told else None for detail, is_told in zip(details, is_shown, strict=True)]
     return pa.table(
         [pa.array(uids, pa.string()), pa.array(urls, pa.string()), reasons, pa.array(details, pa.string())],
         schema=REJECTS,
@@ -221,8 +258,33 @@ def run_stage(
     done = find_manifest(store, prefix)  # what another run's names is not to be swept
     if done is not None:
         return done
-    _sweep(store, prefix, {file.name for shard in shards for file in shard.files} | {file.name for file in extra})
-    return _commit_manifest(store, prefix, manifest)
+    own = {file.name for shard in shards for file in shard.files if file.folder is None}
+    _sweep(store, prefix, own | {file.name for file in extra})
+    _check_references(store, prefix, manifest)
+    committed = _commit_manifest(store, prefix, manifest)
+    try:
+        _check_references(store, prefix, committed)
+    except TransientError:
+        store.delete(f"{prefix}/{MANIFEST_NAME}")  # nothing that it names is to be believed
+        raise
+    return committed
+
+
+def _check_references(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+    """Makes sure that files in other datasets' folders are there: they may have been replaced since they were named.
+
+    Raises:
+        TransientError: One is not there; the next run makes its shard.
+    """
+    files = [(shard.index, file) for shard in manifest.shards for file in shard.files if file.folder is not None]
+    folders = {file.folder for _, file in files}
+    stands = {(info.key, info.num_bytes) for folder in folders for info in store.list(f"{folder}/")}
+    for index, file in files:
+        if (file.key(prefix), file.num_bytes) not in stands:
+            raise TransientError(
+                f"{store.uri_of(file.key(prefix))}, a file of shard {index} of {prefix}, is gone: it was replaced "
+                "meanwhile, and the next run makes the shard again"
+            )
 
 
 def run_shards(
@@ -271,7 +333,9 @@ def run_shards(
 def _committed(store: ObjectStore, stage: Stage, indices: Sequence[int], scratch: Path) -> Iterator[ShardReport]:
     """Makes shards and commits each; those that wait on disk, several at once: a commit mostly waits for a disk."""
 
-    def commit(output: ShardOutput) -> ShardReport:
+    def commit(output: ShardOutput | ShardReference) -> ShardReport:
+        if isinstance(output, ShardReference):
+            return _commit_report(store, stage, output.report)
         made = commit_shard(store, dataset_prefix(stage.name, stage.digest), output, scratch)
         report = _commit_report(store, stage, made)
         _delete_unused(store, dataset_prefix(stage.name, stage.digest), made, report)
@@ -327,7 +391,7 @@ def _find_report(store: ObjectStore, stage: Stage, index: int) -> tuple[ShardRep
     except ValidationError:
         LOGGER.warning("%s cannot be read; the shard is made again", store.uri_of(key))
         return None, etag
-    problem = _foreign(committed, stage, index) or _missing_file(store, prefix, committed.report)
+    problem = _foreign(committed, stage, index) or missing_file(store, prefix, committed.report)
     if problem is not None:
         LOGGER.warning("%s: %s; the shard is made again", store.uri_of(key), problem)
         return None, etag
@@ -344,10 +408,17 @@ def _foreign(committed: CommittedShard, stage: Stage, index: int) -> str | None:
     return None
 
 
-def _missing_file(store: ObjectStore, prefix: str, report: ShardReport) -> str | None:
+def missing_file(store: ObjectStore, prefix: str, report: ShardReport) -> str | None:
+    """What is wrong with a shard's files: one that is not there, or has another size; None where nothing is.
+
+    Args:
+        store: Where they stand.
+        prefix: Of the dataset that the report is of.
+        report: Names them.
+    """
     for file in report.files:
         try:
-            num_bytes = store.head(f"{prefix}/{file.name}").num_bytes
+            num_bytes = store.head(file.key(prefix)).num_bytes
         except ObjectNotFoundError:
             return f"{file.name} is not there"
         if num_bytes != file.num_bytes:
@@ -360,7 +431,14 @@ def commit_shard(store: ObjectStore, prefix: str, output: ShardOutput, scratch: 
     files = []
     for rows in output.rows:
         path = rows.write(scratch)
-        entry = DatasetFile(name=rows.name, num_bytes=0, sha256="", num_rows=rows.num_rows, split=rows.split)
+        entry = DatasetFile(
+            name=rows.name,
+            num_bytes=0,
+            sha256="",
+            num_rows=rows.num_rows,
+            split=rows.split,
+            without=rows.without,
+        )
         files.append(_upload(store, prefix, path, entry, output.is_repeatable))
     rejects, counted = output.rejects, output.dropped
     if counted is None:
@@ -379,6 +457,7 @@ def commit_shard(store: ObjectStore, prefix: str, output: ShardOutput, scratch: 
         num_out=sum(rows.num_rows for rows in output.rows),
         dropped=dict(sorted(dropped.items())),
         files=tuple(files),
+        digest=output.digest,
     )
 
 
@@ -401,8 +480,9 @@ def _commit_report(store: ObjectStore, stage: Stage, report: ShardReport) -> Sha
 
 def _delete_unused(store: ObjectStore, prefix: str, made: ShardReport, stands: ShardReport) -> None:
     """Deletes what we made of a shard and another run's report does not name: its sweep may be over."""
-    for name in {file.name for file in made.files} - {file.name for file in stands.files}:
-        store.delete(f"{prefix}/{name}")
+    unused = {file.key(prefix) for file in made.files} - {file.key(prefix) for file in stands.files}
+    for key in unused - references_to(store, prefix).keys() if unused else ():
+        store.delete(key)
 
 
 def forget_shards(store: ObjectStore, stage: Stage, indices: Sequence[int]) -> None:
@@ -418,13 +498,22 @@ def _report_key(prefix: str, index: int) -> str:
 def _sweep(store: ObjectStore, prefix: str, named: Collection[str]) -> None:
     """Deletes files of shards that no report names: of runs that were killed, or came second.
 
-    No run can still need one: every shard's report stands, and whoever comes second takes that over.
+    No run of this dataset can still need one: every shard's report stands, and whoever comes second takes that over.
+    What another dataset names stays: this one may be made anew after that one took shards over.
     """
-    for info in list(store.list(f"{prefix}/")):
-        name = info.key.removeprefix(f"{prefix}/")
+    keys = [info.key for info in store.list(f"{prefix}/")]
+    unnamed = []
+    for key in keys:
+        name = key.removeprefix(f"{prefix}/")
         if name.endswith(".parquet") and "/" not in name and name not in named:
-            LOGGER.info("%s: nothing names it; deleted", store.uri_of(info.key))
-            store.delete(info.key)
+            unnamed.append(key)
+    kept = references_to(store, prefix) if unnamed else {}
+    for key in unnamed:
+        if key in kept:
+            LOGGER.info("%s: kept for %s", store.uri_of(key), ", ".join(kept[key]))
+            continue
+        LOGGER.info("%s: nothing names it; deleted", store.uri_of(key))
+        store.delete(key)
 
 
 def _upload(store: ObjectStore, prefix: str, path: Path, entry: DatasetFile, is_repeatable: bool = True) -> DatasetFile:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from infra import pulse
 from preprocessing.block_lists import host_of
 from preprocessing.contracts.config import SelectConfig
 from preprocessing.contracts.reasons import Reason
@@ -80,6 +81,7 @@ class Winners:
     def resolve(self) -> None:
         """Applies the rules; to be called once, when all candidates were added."""
         for records in self._by_url.each():
+            pulse.beat()
             if self._config.drop_duplicates:
                 records = self._without_duplicates(records)
             if self._config.max_rows_per_host is not None:
@@ -88,6 +90,7 @@ class Winners:
                 self._last.add(records, records["host"])
         if self._config.max_rows_per_host is not None:
             for index in range(self._by_host.num_files):
+                pulse.beat()
                 self._limit_hosts(index, self._config.max_rows_per_host)
         if self._config.max_rows is not None:
             self._limit_all(self._config.max_rows)

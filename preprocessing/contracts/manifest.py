@@ -1,23 +1,42 @@
 """The manifest: the list of shards that makes a dataset true. Nothing without one is believed."""
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
+DRIFT_PREFIX = "reports/drift-"  # of reports beside a manifest: how a dataset differs from an earlier one
 
 Split = Literal["train", "validation"]
 
 
 class Record(BaseModel):
-    """Frozen, and a key that it does not know is an error: a newer format is refused, not half understood."""
+    """Frozen, and a key that it does not know is an error: a newer format is refused, not half understood.
+
+    Keys of `only_if_set` are written only where they say something: without them a file is that of earlier versions.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    only_if_set: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {name: value for name, value in values.items() if value or name not in self.only_if_set}
 
 
 class DatasetFile(Record):
@@ -30,7 +49,14 @@ class DatasetFile(Record):
         num_rows: Rows, for Parquet files; 0 otherwise.
         kind: ``rows`` (what the next stage reads), ``rejects`` (refused rows) or ``extra`` (constants of the dataset).
         split: Which split its rows belong to; None where rows are not yet split by file.
+        folder: Key of the folder of the dataset in which it stands, where that is another one than the manifest's: a
+            file may be named by several datasets, and whoever deletes one looks for the others.
+        removed: Places of the rows that were forgotten, among those that the file held when it was made, ascending.
+            They are not in it any more; what depends on places, such as the order of a training, still counts them.
+        without: Columns that were deleted from it: ``image``, once the pictures were encoded.
     """
+
+    only_if_set: ClassVar[frozenset[str]] = frozenset({"folder", "removed", "without"})
 
     name: str
     num_bytes: int
@@ -38,19 +64,56 @@ class DatasetFile(Record):
     num_rows: int = 0
     kind: Literal["rows", "rejects", "extra"] = "rows"
     split: Split | None = None
+    folder: str | None = None
+    removed: tuple[int, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @property
+    def num_places(self) -> int:
+        """Rows that it held when it was made."""
+        return self.num_rows + len(self.removed)
+
+    def key(self, prefix: str) -> str:
+        """Its key in the store.
+
+        Args:
+            prefix: Of the dataset whose manifest names it.
+        """
+        return f"{self.folder or prefix}/{self.name}"
 
 
 class ShardReport(Record):
     """What became of one shard. It holds that ``num_in == num_out + sum(dropped.values())``.
 
     Each dropped row stands in a file of kind ``rejects``; a stage that was told to count only writes no such file.
+
+    Attributes:
+        index: Of the shard in its dataset.
+        num_in: Rows read.
+        num_out: Rows kept.
+        dropped: Refused rows by reason.
+        files: Where they are.
+        digest: sha256 of what determines this shard, whatever dataset it is in; None where the stage does not say.
     """
+
+    only_if_set: ClassVar[frozenset[str]] = frozenset({"digest"})
 
     index: int
     num_in: int
     num_out: int
     dropped: dict[str, int]
     files: tuple[DatasetFile, ...]
+    digest: str | None = None
+
+    def standing_in(self, prefix: str, index: int) -> "ShardReport":
+        """The same shard, as another dataset names it: its files stay where they are.
+
+        Args:
+            prefix: Of the dataset whose manifest this report is of.
+            index: Of the shard in the other dataset.
+        """
+        files = tuple(file.model_copy(update={"folder": file.folder or prefix}) for file in self.files)
+        return self.model_copy(update={"index": index, "files": files})
 
     @model_validator(mode="after")
     def _accounts_for_every_row(self) -> "ShardReport":

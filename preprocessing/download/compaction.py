@@ -10,12 +10,14 @@ import contextlib
 import hashlib
 import io
 import logging
+from collections.abc import Collection
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from infra.storage import AlreadyExistsError, ObjectNotFoundError, ObjectStore
 from preprocessing.download.ledger import LEDGER, LEDGER_PREFIX, MERGED, read_part
+from preprocessing.uids import url_halves
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,6 +64,44 @@ def _merge(store: ObjectStore, folder: str, keys: list[str]) -> int:
         store.delete(key)
     LOGGER.info("%s: %d parts of the ledger are one", store.uri_of(merged), len(keys))
     return len(old)
+
+
+def drop_entries(store: ObjectStore, uids: Collection[str], urls: Collection[str] = ()) -> int:
+    """Forgets what became of some rows: a tombstone says from now on that they are not asked for.
+
+    A part without the entries is there before the one with them is deleted, so all other entries stay readable.
+
+    Args:
+        store: Where the ledger stands.
+        uids: Of the rows.
+        urls: Addresses.
+
+    Returns:
+        How many entries are gone.
+
+    Raises:
+        ContractError: A part is none of the ledger.
+        TransientError: The store failed; nothing else is lost.
+    """
+    if not uids and not urls:
+        return 0
+    named = pl.DataFrame({"url": list(urls)}, schema={"url": pl.String}).select(url_halves(pl.col("url")))
+    num_dropped = 0
+    for info in list(store.list(f"{LEDGER_PREFIX}/")):
+        with contextlib.suppress(ObjectNotFoundError):  # merged meanwhile, and still there: the next call finds it
+            entries = read_part(store, info.key)
+            kept = entries.filter(~pl.col("uid").is_in(list(uids))).join(named, on=named.columns, how="anti")
+            if kept.height == entries.height:
+                continue
+            if kept.height:
+                key = f"{info.key.rpartition('/')[0]}{MERGED}{_digest(kept)[:16]}.parquet"
+                with contextlib.suppress(AlreadyExistsError):
+                    store.put_if_absent(key, _to_bytes(kept))
+                if not read_part(store, key).equals(kept):
+                    continue
+            store.delete(info.key)
+            num_dropped += entries.height - kept.height
+    return num_dropped
 
 
 def _digest(entries: pl.DataFrame) -> str:

@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 from preprocessing.download.addresses import Address, Target
 from preprocessing.download.responses import Response, read_response
@@ -22,6 +23,7 @@ _IDLE_S = 20.0  # servers close idle connections after 5 to 75 s
 _MAX_IDLE_PER_ORIGIN = 16
 
 Key = tuple[str, Address]
+Method = Literal["GET", "HEAD"]
 
 
 class OverLimitError(Exception):
@@ -176,12 +178,13 @@ class Connection:
         self.address = address
         self.wire = Wire(sock)
 
-    def ask(self, target: Target, headers: bytes) -> Response:
-        """Sends a GET request and reads the answer's headers.
+    def ask(self, target: Target, headers: bytes, method: Method = "GET") -> Response:
+        """Sends a request and reads the answer's headers.
 
         Args:
             target: A URL of the origin.
             headers: All but ``Host``, as they are sent, each line with its end.
+            method: ``HEAD`` asks for no more than these.
 
         Raises:
             OSError: As from the socket; `responses.HungUpError` where it is closed before the answer.
@@ -189,9 +192,12 @@ class Connection:
             OverLimitError: The headers go over the wire's limit.
         """
         # Neither has a character that would end the line: `parse_url` has seen to it.
-        request = f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\n".encode("ascii")
+        request = f"{method} {target.path} HTTP/1.1\r\nHost: {target.authority}\r\n".encode("ascii")
         self.wire.send(request + headers + b"\r\n")
-        return read_response(self.wire.receive)
+        response = read_response(self.wire.receive)
+        if method == "HEAD":
+            response.has_no_body()
+        return response
 
     def hang_up(self) -> None:
         """Closes it."""

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra import pulse
 from infra.errors import TransientError
 from infra.processes import GuardedProcess
 from preprocessing.contracts.config import DownloadConfig
@@ -194,6 +195,7 @@ class _Child:
                 signs = self._signs_of_life()
                 if signs != last:
                     changed, last = time.monotonic(), signs
+                    pulse.beat()
                 if code is not None:
                     self.ended = f"ended with {code}"
                     break

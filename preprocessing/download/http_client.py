@@ -30,6 +30,7 @@ from preprocessing.download.connections import (
     Connection,
     ConnectionPool,
     Deadline,
+    Method,
     OverLimitError,
     connect,
     tls_context,
@@ -91,12 +92,19 @@ class HttpClient:
         config: Its limits and manners.
         resolver: Default: the system's, cached.
         opted_out: What said no already.
+        method: ``HEAD``: what comes are the headers, and an answer without data.
     """
 
     def __init__(
-        self, config: DownloadConfig, *, resolver: Resolver | None = None, opted_out: OptOutMemory | None = None
+        self,
+        config: DownloadConfig,
+        *,
+        resolver: Resolver | None = None,
+        opted_out: OptOutMemory | None = None,
+        method: Method = "GET",
     ) -> None:
         self._config = config
+        self._method: Method = method
         self._robot = (config.user_agent_token or DEFAULT_TOKEN).lower()
         headers = {"User-Agent": user_agent(config), "Accept": "image/*", "Accept-Encoding": "identity"}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("ascii")
@@ -248,7 +256,8 @@ class HttpClient:
         remembered: Sequence[str],
     ) -> Answer | Target:
         try:
-            connection, response = self._request(target, addresses, deadline)
+            method = self._method if remembered else "GET"  # a host's rules are read
+            connection, response = self._request(target, addresses, deadline, method)
             try:
                 said = self._read(target, connection, response, deadline, held, remembered)
                 self._keep(target, connection, response)
@@ -276,13 +285,13 @@ class HttpClient:
             raise _FailedError(Reason.BAD_RESPONSE, f"no HTTP: {error}") from error
 
     def _request(
-        self, target: Target, addresses: tuple[Address, ...], deadline: Deadline
+        self, target: Target, addresses: tuple[Address, ...], deadline: Deadline, method: Method
     ) -> tuple[Connection, Response]:
         """Sends the request: over a connection that was kept, or else over a new one."""
         connection = self._pool.take(target, addresses)
         if connection is not None:
             try:
-                return connection, self._send(connection, target, deadline)
+                return connection, self._send(connection, target, deadline, method)
             except (ConnectionError, ssl.SSLError):
                 connection.hang_up()
                 if connection.wire.num_bytes:
@@ -293,15 +302,15 @@ class HttpClient:
                 raise
         connection = self._connect(target, addresses, deadline)
         try:
-            return connection, self._send(connection, target, deadline)
+            return connection, self._send(connection, target, deadline, method)
         except BaseException:
             connection.hang_up()
             raise
 
-    def _send(self, connection: Connection, target: Target, deadline: Deadline) -> Response:
+    def _send(self, connection: Connection, target: Target, deadline: Deadline, method: Method) -> Response:
         config = self._config
         connection.wire.begin(deadline, config.timeout_s, config.min_rate_bytes_per_s, config.max_header_bytes)
-        response = connection.ask(target, self._headers)
+        response = connection.ask(target, self._headers, method)
         if response.headers.num_bytes > config.max_header_bytes:
             raise OverLimitError(f"{response.headers.num_bytes:,} bytes of headers")
         return response

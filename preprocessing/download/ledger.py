@@ -21,6 +21,7 @@ All of what is remembered is held in memory, in about 100 bytes an entry.
 import contextlib
 import io
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -151,6 +152,7 @@ class Ledger:
         self._config = config
         self._judged_by = sha256_of_bytes(canonical_json(config.digest_fields()).encode())[:16]
         self._now = now
+        self._lock = threading.Lock()
         self._attempts: pl.DataFrame | None = None
         self._closed: pl.DataFrame | None = None
 
@@ -203,8 +205,11 @@ class Ledger:
         self._store.put_if_absent(f"{self._folder}{index:05d}-{sha256_of_bytes(data)[:16]}.parquet", data)
 
     def _load(self) -> None:
-        if self._attempts is not None:
-            return
+        with self._lock:  # several tasks may share a stage
+            if self._attempts is None:
+                self._read()
+
+    def _read(self) -> None:
         entries = read_entries(self._store)
         self._attempts = entries.group_by(_URL).agg(pl.col("num_attempts").max())
         refused = _newest(entries.filter(pl.col("outcome") == Reason.OPTED_OUT.value))

@@ -96,6 +96,10 @@ class Response:
         self._left = self.length  # of the body; of the chunk, where there are chunks
         self._is_read = self.length == 0
 
+    def has_no_body(self) -> None:
+        """Says that none follows, whatever the headers say: the answer is one to HEAD."""
+        self.is_chunked, self.length, self._left, self._is_read = False, 0, 0, True
+
     @property
     def can_be_kept(self) -> bool:
         """See above."""

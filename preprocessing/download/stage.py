@@ -1,17 +1,21 @@
 """The download stage: from selected rows to rows with pictures.
 
-For each shard: set aside what the ledger says need not be asked, let the engine fetch and normalize the rest, join what
-came with what was asked for, give every row that did not make it a reason, and note that in the ledger.
+For each shard: set aside what the ledger says need not be asked, take over what an earlier dataset has
+(`preprocessing.reuse`), let the engine fetch and normalize the rest, join what came with what was asked for, give every
+row that did not make it a reason, and note that in the ledger.
 """
 
 import io
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,15 +23,17 @@ from infra.errors import ContractError, GateError, TransientError
 from infra.storage import ObjectStore, sha256_of_bytes
 from preprocessing.contracts.config import DownloadConfig
 from preprocessing.contracts.digests import digest_of
-from preprocessing.contracts.manifest import Manifest, dataset_prefix
+from preprocessing.contracts.manifest import Manifest, dataset_prefix, find_manifest
 from preprocessing.contracts.reasons import Reason
 from preprocessing.contracts.schemas import DOWNLOADED, SELECTED
+from preprocessing.contracts.tombstones import Tombstones
 from preprocessing.download.addresses import Verdict
 from preprocessing.download.compaction import compact
 from preprocessing.download.fetch import REQUESTS, fetch_shards
 from preprocessing.download.images import NormalizedImage
 from preprocessing.download.ledger import MEMORY, Ledger, Memory
-from preprocessing.stage import RowsFile, ShardOutput, Stage, find_report, forget_shards, rejects_table
+from preprocessing.reuse import Previous, PreviousRows, PreviousShards, Waiting, find_previous, shard_digest
+from preprocessing.stage import RowsFile, ShardOutput, ShardReference, Stage, find_report, forget_shards, rejects_table
 
 LOGGER = logging.getLogger(__name__)
 
@@ -37,6 +43,12 @@ _SHARDS_A_CHILD = 256  # bounds what waits on the local disk
 _UNREACHABLE = frozenset({Reason.HOST_UNKNOWN, Reason.CONNECTION_FAILED, Reason.TIMED_OUT})
 _NO_ANSWER = _UNREACHABLE | {Reason.URL_REFUSED}
 _LOST: Verdict = Reason.LOST_BY_DOWNLOADER, "the engine says nothing about this row"
+_DAMAGED: Verdict = Reason.LOST_BY_DOWNLOADER, "the file of the earlier dataset that has its picture is damaged"
+FORGOTTEN: Verdict = Reason.FORGOTTEN, "a tombstone names it"
+PARTIAL = "partial-"
+"""Names of files begin so in which some pictures are empty, which were deleted once their rows were encoded."""
+_EXPECTED = ("expected_md5", "expected_sha256")
+_PICTURE = ("image", "image_width", "image_height", "original_width", "original_height", "sha256")
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class _Made:
         outcomes: Of the rows that were asked for: a reason, or ``""`` for a picture, and how many.
     """
 
-    output: ShardOutput
+    output: ShardOutput | ShardReference
     outcomes: Counter[str]
 
     @property
@@ -67,6 +79,23 @@ class _Made:
         return self.outcomes.total() - self.outcomes[Reason.URL_REFUSED]
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A shard before anything is asked.
+
+    Attributes:
+        table: Its selected rows.
+        refused: uid → why, of the rows that are not to be asked for.
+        held: uid → where its picture is, of the rows that the earlier dataset has.
+        asked: The other rows.
+    """
+
+    table: pa.Table
+    refused: dict[str, Verdict]
+    held: dict[str, np.ndarray]
+    asked: pa.Table
+
+
 class DownloadStage:
     """Fetches the pictures of a selected dataset.
 
@@ -74,6 +103,10 @@ class DownloadStage:
     names what was asked for; what the world answered at the time is kept by the manifest. Shards depend on nothing but
     their own rows: `preprocessing.stage.run_shards` makes some of them, in as many tasks or on as many machines as one
     likes.
+
+    Where an earlier dataset was named (`preprocessing.reuse.say_previous`), of the same config, its pictures are taken
+    over, by URL: shards of the same rows as they stand, the rest row by row. Rows that failed for what may pass are
+    not asked for before they are due then.
 
     Args:
         store: Where datasets stand.
@@ -89,6 +122,8 @@ class DownloadStage:
         self._selected = selected
         self._config = config
         self._ledger = Ledger(store, self.digest, config)
+        self._rows: PreviousRows | None = None
+        self._encoded: PreviousRows | None = None
 
     @property
     def digest(self) -> str:
@@ -118,7 +153,7 @@ class DownloadStage:
         """There are none."""
         return ()
 
-    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput]:
+    def outputs(self, indices: Sequence[int], scratch: Path) -> Iterator[ShardOutput | ShardReference]:
         """Makes the given shards, in the order in which they arrive.
 
         Shards without any answer are held back until some server has answered anything, now or in an earlier run: if
@@ -154,22 +189,139 @@ class DownloadStage:
     def _make(self, indices: Sequence[int], scratch: Path) -> Iterator[_Made]:
         for start in range(0, len(indices), _SHARDS_A_CHILD):
             some = indices[start : start + _SHARDS_A_CHILD]
-            tables = {index: read_selected(self._store, self._selected, index) for index in some}
-            remembered = {index: self._ledger.remembered(table) for index, table in tables.items()}
-            asked = {index: _without(table, remembered[index]) for index, table in tables.items()}
-            for index, table in asked.items():
-                if table.num_rows == 0:
-                    yield _Made(shard_output(index, tables[index], remembered[index]), Counter())
-            requests = {index: requests_of(table) for index, table in asked.items() if table.num_rows}
-            for fetched in fetch_shards(requests, self._config, scratch):
-                index = fetched.index
+            planned: dict[int, _Planned] = {}
+            for index in some:
+                plan = self._plan(index)
+                if isinstance(plan, ShardReference):
+                    yield _Made(plan, Counter())
+                elif plan.asked.num_rows == 0:
+                    yield _Made(self._output(index, plan, {}), Counter())
+                else:
+                    planned[index] = plan
+            requests = {index: requests_of(plan.asked) for index, plan in planned.items()}
+            for fetched in fetch_shards(requests, self._config, scratch) if requests else ():
+                plan = planned.pop(fetched.index)
                 found = {row.uid: row.result for batch in fetched.batches() for row in batch}
-                found = {uid: found.get(uid, _LOST) for uid in asked[index].column("uid").to_pylist()}
-                self._ledger.record(index, asked[index], found)
+                found = {uid: found.get(uid, _LOST) for uid in plan.asked.column("uid").to_pylist()}
+                self._ledger.record(fetched.index, plan.asked, found)
                 outcomes = Counter(
                     "" if isinstance(result, NormalizedImage) else result[0] for result in found.values()
                 )
-                yield _Made(shard_output(index, tables[index], {**remembered[index], **found}), outcomes)
+                yield _Made(self._output(fetched.index, plan, found), outcomes)
+
+    @cached_property
+    def _previous(self) -> Previous | None:
+        """The dataset of which rows may be taken over: pictures that this config would have made of the same bytes."""
+        found = find_previous(self._store, self.name, self.digest)
+        if found is None:
+            return None
+        is_alike = (found.manifest.stage_version, found.manifest.config) == (self.version, self.config)
+        return found if is_alike else None
+
+    def _plan(self, index: int) -> _Planned | ShardReference:
+        """What is to be asked of a shard; or where it stands already."""
+        table = read_selected(self._store, self._selected, index)
+        refused = self._ledger.remembered(table) | self._forgotten(table)
+        if self._previous is None:
+            return _Planned(table, refused, {}, _without(table, refused))
+        waiting = self._waiting.verdicts(table)
+        reference = self._standing(index, table, refused, waiting)
+        if reference is not None:
+            return reference
+        held = self._held(_without(table, refused))
+        refused |= {uid: verdict for uid, verdict in waiting.items() if uid not in refused and uid not in held}
+        return _Planned(table, refused, held, _without(table, {**refused, **held}))
+
+    @cached_property
+    def _waiting(self) -> Waiting:
+        return Waiting(self._store, self.digest, datetime.now(UTC))
+
+    @cached_property
+    def _previous_shards(self) -> PreviousShards:
+        assert self._previous is not None
+        return PreviousShards(self._store, self._previous.prefix, self._previous.manifest)
+
+    @cached_property
+    def _tombstones(self) -> Tombstones:
+        return Tombstones.load(self._store)
+
+    def _forgotten(self, table: pa.Table) -> dict[str, Verdict]:
+        """Why rows are refused that a tombstone names, by uid."""
+        if not len(self._tombstones):
+            return {}
+        uids = table.column("uid").to_pylist()
+        named = self._tombstones.matches(uids, table.column("url").to_pylist())
+        return {uid: FORGOTTEN for uid, is_named in zip(uids, named, strict=True) if is_named}
+
+    def _shard_digest(self, index: int) -> str:
+        files = self._selected.shards[index].files
+        inputs = [file.sha256 for file in files if file.kind == "rows"]
+        return shard_digest(self.name, self.version, self.config, inputs)
+
+    def _standing(
+        self, index: int, table: pa.Table, refused: Mapping[str, Verdict], waiting: Mapping[str, Verdict]
+    ) -> ShardReference | None:
+        """The shard as it stands, if each of its rows would come out the same: none to refuse now, none to ask for."""
+        reference = self._previous_shards.find(self._shard_digest(index), index)
+        if reference is None:
+            return None
+        not_to_ask = refused.keys() | waiting.keys()
+        before = set(self._previous_shards.refused(reference)["uid"].to_list())
+        kept = set(table.column("uid").to_pylist()) - before
+        if not before <= not_to_ask or not kept.isdisjoint(refused):
+            return None
+        if any("image" in file.without for file in reference.report.files):
+            uids = pa.array(sorted(kept), pa.string())
+            if not self._is_encoded(uids).all():
+                return None  # a picture that was deleted is needed
+        return reference
+
+    def _held(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Where the earlier dataset has the rows' pictures: of the same URL, and of the bytes that are expected now.
+
+        A picture that was deleted counts where its row is encoded, and that will be taken over.
+        """
+        assert self._previous is not None
+        if self._rows is None:
+            self._rows = PreviousRows(self._store, self._previous.prefix, self._previous.manifest, "url")
+        places = self._rows.find(table.column("url"))
+        numbers, stored = self._rows.peek(places, ["uid", "sha256", *_EXPECTED])
+        if stored is None:
+            return {}
+        wanted = table.select(["uid", *_EXPECTED]).take(pa.array(numbers)).to_pylist()
+        before = stored.to_pylist()
+        has_picture = self._rows.has_pictures(places[numbers])
+        is_encoded = np.zeros(len(has_picture), bool) if has_picture.all() else self._is_encoded(stored.column("uid"))
+        return {
+            row["uid"]: places[number]
+            for number, row, its, has, is_done in zip(
+                numbers.tolist(), wanted, before, has_picture, is_encoded, strict=True
+            )
+            # Null says nothing of the bytes: then those that came are as good as any.
+            if all(row[name] is None or row[name] == its[name] for name in _EXPECTED)
+            and (has or (is_done and row["uid"] == its["uid"]))
+        }
+
+    def _is_encoded(self, uids: pa.ChunkedArray | pa.Array) -> np.ndarray:
+        """Whether rows of the earlier dataset stand in the encoded one."""
+        assert self._previous is not None
+        if self._encoded is None and self._previous.encoded is not None:
+            manifest = find_manifest(self._store, self._previous.encoded)
+            if manifest is not None:
+                self._encoded = PreviousRows(self._store, self._previous.encoded, manifest, "uid")
+        if self._encoded is None:
+            return np.zeros(len(uids), bool)
+        return self._encoded.find(uids)[:, 0] >= 0
+
+    def _output(self, index: int, plan: _Planned, found: Mapping[str, NormalizedImage | Verdict]) -> ShardOutput:
+        """A shard of what was refused, taken over, and found."""
+        pictures = {} if not plan.held or self._rows is None else _read_pictures(self._rows, plan.held)
+        lost = {uid: _DAMAGED for uid in plan.held if uid not in pictures}
+        if lost:  # they are due later, like any row that failed for what may pass
+            uids = plan.table.column("uid").to_pylist()
+            self._ledger.record(index, plan.table.filter(pa.array([uid in lost for uid in uids])), lost)
+        output = shard_output(index, plan.table, {**plan.refused, **found, **pictures, **lost})
+        return replace(output, digest=self._shard_digest(index))
 
     def _has_committed_answer(self, but: Sequence[int]) -> bool:
         """Whether a shard that was committed earlier tells of an answer."""
@@ -179,7 +331,7 @@ class DownloadStage:
                 return True
         return False
 
-    def _checked(self, made: _Made) -> ShardOutput:
+    def _checked(self, made: _Made) -> ShardOutput | ShardReference:
         num_asked, least = made.outcomes.total(), self._config.min_shard_success_rate
         rate = made.outcomes[""] / num_asked if num_asked else 1.0
         if rate < least:
@@ -191,7 +343,26 @@ class DownloadStage:
         return made.output
 
 
-def _without(table: pa.Table, uids: Mapping[str, Verdict]) -> pa.Table:
+def _read_pictures(rows: PreviousRows, held: Mapping[str, np.ndarray]) -> dict[str, NormalizedImage]:
+    """The pictures by uid, of those whose files are whole."""
+    uids = list(held)
+    numbers, stored = rows.read(np.stack([held[uid] for uid in uids]), _PICTURE)
+    if stored is None:
+        return {}
+    return {
+        uids[number]: NormalizedImage(
+            image=row["image"],
+            width=row["image_width"],
+            height=row["image_height"],
+            original_width=row["original_width"],
+            original_height=row["original_height"],
+            sha256=row["sha256"],
+        )
+        for number, row in zip(numbers.tolist(), stored.to_pylist(), strict=True)
+    }
+
+
+def _without(table: pa.Table, uids: Mapping[str, Any]) -> pa.Table:
     if not uids:
         return table
     return table.filter(pa.array([uid not in uids for uid in table.column("uid").to_pylist()]))
@@ -215,11 +386,11 @@ def read_selected(store: ObjectStore, selected: Manifest, index: int) -> pa.Tabl
     for file in selected.shards[index].files:
         if file.kind != "rows":
             continue
-        data = store.read(f"{prefix}/{file.name}")
+        data = store.read(file.key(prefix))
         if (found := sha256_of_bytes(data)) != file.sha256:
             raise ContractError(
-                f"{store.uri_of(f'{prefix}/{file.name}')}: sha256 is {found}, its manifest says {file.sha256}; "
-                "delete the dataset's folder and select again"
+                f"{store.uri_of(file.key(prefix))}: sha256 is {found}, its manifest says {file.sha256}; "
+                "delete that file and MANIFEST.json of its dataset, and select again"
             )
         tables.append(pq.read_table(io.BytesIO(data)))
     table = pa.concat_tables(tables) if tables else SELECTED.empty_table()
@@ -254,6 +425,8 @@ def shard_output(index: int, table: pa.Table, results: Mapping[str, NormalizedIm
         else:
             rejects.append((uid, url, result[0].value, result[1]))
     rows = RowsFile(f"shard-{index:05d}.parquet", _with_pictures(table.take(pa.array(kept, pa.int64())), pictures))
+    if not all(picture.image for picture in pictures):  # taken over of rows that are encoded; their pictures are gone
+        rows = replace(rows, name=f"{PARTIAL}{index:05d}.parquet", without=("image",))
     columns = [list(column) for column in zip(*rejects, strict=True)] or [[], [], [], []]
     return ShardOutput(index, table.num_rows, (rows,), rejects_table(*columns), is_repeatable=False)
 

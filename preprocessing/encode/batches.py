@@ -1,8 +1,11 @@
 """How many pictures at once: as configured, and fewer once memory did not suffice."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from infra import pulse
 
 LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -10,6 +13,8 @@ T = TypeVar("T")
 
 class BatchSize:
     """Tries a batch, with half of it where memory does not suffice, and remembers what did.
+
+    One batch at a time, whichever threads ask: there is one device, and its memory is measured.
 
     Attributes:
         value: Pictures at once, now.
@@ -22,6 +27,7 @@ class BatchSize:
     def __init__(self, start: int, advice: str) -> None:
         self.value = start
         self._advice = advice
+        self._lock = threading.Lock()
 
     def run(self, encode: Callable[[int], T]) -> T:
         """Calls ``encode`` with a number of pictures for which memory suffices.
@@ -31,12 +37,16 @@ class BatchSize:
         """
         from accelerate.utils.memory import should_reduce_batch_size
 
-        try:
-            return encode(self.value)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-        return self._run_smaller(encode)  # out here, where the failed attempt's tensors are gone
+        with self._lock:
+            try:
+                made = encode(self.value)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            else:
+                pulse.beat()
+                return made
+            return self._run_smaller(encode)  # out here, where the failed attempt's tensors are gone
 
     def _run_smaller(self, encode: Callable[[int], T]) -> T:
         from accelerate.utils.memory import find_executable_batch_size

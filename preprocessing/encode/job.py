@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from infra import pulse
 from infra.launch import run_module
 from preprocessing.contracts.config import EncodeConfig, ModelConfig
 from preprocessing.contracts.manifest import Record, ShardReport
@@ -47,6 +48,7 @@ def run_workers(
     """
 
     def on_event(event: dict[str, Any]) -> None:
+        pulse.beat()
         if event.get("event") == "shard" and on_shard is not None:
             on_shard(ShardReport.model_validate(event["report"]))
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 
+from infra import pulse
 from infra.child import emit, run_as_child
 from infra.storage import open_store
 from preprocessing.contracts.manifest import find_manifest, load_manifest
@@ -28,6 +29,7 @@ from preprocessing.encode.stage import EncodeStage
 from preprocessing.stage import Progress, reported_shards, run_shards, run_stage
 
 _RENDEZVOUS_S: Final = 300.0
+_PULSE_S: Final = 10.0
 _SLURM: Final = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -41,9 +43,10 @@ def main(spec: dict[str, Any], scratch: Path) -> dict[str, Any] | None:
     if find_manifest(store, stage.prefix) is not None:
         return {"prefix": stage.prefix} if rank == 0 else None
     own, others = shares(stage.num_shards, rank, num_workers, seed=time.time_ns() ^ os.getpid())
-    run_shards(store, stage, own, _tell)
-    made = reported_shards(store, stage)
-    run_shards(store, stage, [index for index in others if index not in made], _tell)
+    with pulse.listening(_Pulse().tell):
+        run_shards(store, stage, own, _tell)
+        made = reported_shards(store, stage)
+        run_shards(store, stage, [index for index in others if index not in made], _tell)
     if rank != 0:
         return None
     run_stage(store, stage)
@@ -96,6 +99,19 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     found = {name: environment[theirs] for name, theirs in _SLURM.items() if theirs in environment}
     return found | {"MASTER_PORT": environment.get("MASTER_PORT", "29500")}
+
+
+class _Pulse:
+    """Tells the launcher now and then that this worker gets on within a shard."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= _PULSE_S:
+            self._told = now
+            emit({"event": "alive"})
 
 
 def _tell(at: Progress) -> None:
