@@ -340,6 +340,12 @@ class PublishConfig(Config):
     dtype: Literal["float32", "float16"] = Field(
         default="float32", description="Of the weights in the files; float16 halves them."
     )
+    keep_exports: int | None = Field(
+        default=None,
+        ge=1,
+        description="Keep so many of the exports of this recipe's runs, the last published. What a channel points to, "
+        "or pointed to before, and what somebody reads, is never deleted. Unset: all stay.",
+    )
     base_model: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",

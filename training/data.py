@@ -14,6 +14,10 @@ holds the positions from ``step * global_batch_size`` on, without a gap. Positio
 so none is left out and none is seen more often. Of several datasets, `training.mixture` says whose turn it is; each has
 epochs of its own.
 
+A forgotten row (`preprocessing.contracts.tombstones`) is in no batch: where its turn comes, another row of the window
+is seen, which one is a pure function, too, and all other rows stay at their positions. Which tombstones are in force is
+settled when the dataset is opened.
+
 Nothing is handed out of a file before its sha256 was found to be the manifest's (`training.shard_files`).
 """
 
@@ -31,6 +35,7 @@ from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
 from model.crop import decode_crop
 from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
+from preprocessing.contracts.tombstones import Tombstones
 from training.batch import Batch, BatchBuffers, Columns, Constants
 from training.compatibility import DatasetSpecs, check_agree, parse_specs
 from training.conditioning import check_fields
@@ -59,6 +64,7 @@ class TrainingDataset:
         specs: What the tensors mean.
         constants: The dataset's own tensors; of a mixture, those of its first dataset.
         fields: Which tensors batches hold.
+        tombstones: Which rows are in no batch.
 
     Args:
         parts: The datasets, in order of their digests.
@@ -67,6 +73,7 @@ class TrainingDataset:
         constants: Of all of them.
         fields: Which tensors are wanted.
         columns: The columns that they are made of.
+        tombstones: Which rows are in no batch; the parts know of them.
     """
 
     def __init__(
@@ -77,8 +84,10 @@ class TrainingDataset:
         constants: Constants,
         fields: Fields,
         columns: Columns,
+        tombstones: Tombstones,
     ) -> None:
         self.specs, self.constants, self.fields = specs, constants, fields
+        self.tombstones = tombstones
         self._parts, self._shares = list(parts), tuple(shares)
         self._columns = columns
         self.digest = digest_of_shares([part.digest for part in parts], self._shares)
@@ -86,12 +95,12 @@ class TrainingDataset:
         self._now: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Rows of all datasets together."""
+        """Places in an epoch of each of the datasets, together: their rows, and those that were forgotten."""
         return sum(sum(part.num_rows) for part in self._parts)
 
     @property
     def num_rows(self) -> tuple[int, ...]:
-        """Rows of each shard."""
+        """Rows of each shard, forgotten ones included."""
         return tuple(rows for part in self._parts for rows in part.num_rows)
 
     def batches(
@@ -168,7 +177,7 @@ class TrainingDataset:
         epochs, shards, rows = np.empty_like(owns), np.empty_like(owns), np.empty_like(owns)
         for part in np.unique(parts):
             own = parts == part
-            epochs[own], shards[own], rows[own] = self._parts[part].order(seed).locate(owns[own])
+            epochs[own], shards[own], rows[own] = self._parts[part].locate(seed, owns[own])
         places, which = np.unique((parts << _SHARD_BITS) + shards, return_inverse=True)
         changed: list[Shard] = []
         for _ in range(_NUM_ATTEMPTS):
@@ -282,6 +291,7 @@ def open_dataset(
     fields: Fields | None = None,
     cache_bytes: int | None = None,
     session: str | None = None,
+    tombstones: Tombstones | None = None,
 ) -> TrainingDataset:
     """Opens the training split of an encoded dataset, or of several to be mixed.
 
@@ -296,6 +306,8 @@ def open_dataset(
         cache_bytes: How much files in `cache_dir` may take; default: four fifths of what is free.
         session: A word that is new at every start and common to the processes that share `cache_dir`: then each file is
             verified by one of them. None: by each for itself.
+        tombstones: Which rows must be in no batch; processes that train together must be given the same ones. None:
+            those that the store has.
 
     Returns:
         The dataset.
@@ -316,15 +328,16 @@ def open_dataset(
             raise ContractError(
                 f"{store.uri_of(prefix)}: the dataset has no training rows; select more, or hold out fewer"
             )
+    tombstones = Tombstones.load(store) if tombstones is None else tombstones
     notes = Notes(cache_dir, session)
     prefixes = sorted(weights, key=lambda prefix: manifests[prefix].digest)
     first = prefixes[0]
     files = shard_files_of(store, cache_dir, cache_bytes, notes)
     columns = Columns(fields, specs[first])
-    parts = [Part(manifests[prefix], prefix, files, columns.widths, len(prefixes)) for prefix in prefixes]
+    parts = [Part(manifests[prefix], prefix, files, columns.widths, len(prefixes), tombstones) for prefix in prefixes]
     constants = _read_constants(store, first, manifests[first], specs[first])
     shares = shares_of([weights[prefix] for prefix in prefixes])
-    dataset = TrainingDataset(parts, shares, specs[first], constants, fields, columns)
+    dataset = TrainingDataset(parts, shares, specs[first], constants, fields, columns, tombstones)
     if isinstance(files, RowCache):
         files.check_size(sum(part.bytes_at_once for part in parts))
         files.needs = dataset.needs

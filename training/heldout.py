@@ -14,6 +14,7 @@ from infra.errors import ContractError
 from infra.storage import ObjectNotFoundError, ObjectStore
 from model.crop import decode_crop
 from preprocessing.contracts.manifest import DatasetFile, Manifest, load_manifest
+from preprocessing.contracts.tombstones import Tombstones, named_rows
 from training.row_cache import shard_files_of
 from training.shard_files import Notes
 
@@ -53,7 +54,7 @@ def read_manifest(store: ObjectStore, prefix: str) -> Manifest:
 
 
 class HeldOutRows:
-    """The validation split of an encoded dataset.
+    """The validation split of an encoded dataset, without the rows that are forgotten.
 
     Args:
         store: Where it is.
@@ -72,6 +73,7 @@ class HeldOutRows:
                 f"dataset: {store.uri_of(prefix)} has no held-out rows; raise select.validation_fraction"
             )
         self._entries, self._prefix = files, prefix
+        self._tombstones = Tombstones.load(store)
         folder = scratch / "heldout"
         self._files = shard_files_of(store, folder, None, Notes(folder))
         for file in files:
@@ -106,13 +108,15 @@ class HeldOutRows:
 
     def _rows(self, columns: list[str], wanted: dict[str, int] | None = None) -> Iterator[dict[str, Any]]:
         for entry in self._entries:
-            with self._files.open(self._prefix, entry).file as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                    if wanted is None:
-                        yield from batch.to_pylist()
-                        continue
-                    places = [i for i, uid in enumerate(batch.column("uid").to_pylist()) if uid in wanted]
-                    yield from batch.take(pa.array(places, pa.int64())).to_pylist()
+            with (opened := self._files.open(self._prefix, entry)).file as file:
+                parquet = pq.ParquetFile(file)
+                is_seen, first = ~named_rows(self._tombstones, parquet, str(opened.path)), 0
+                for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+                    seen = is_seen[first : first + batch.num_rows]
+                    first += batch.num_rows
+                    if wanted is not None:
+                        seen = seen & [uid in wanted for uid in batch.column("uid").to_pylist()]
+                    yield from batch.filter(pa.array(seen)).to_pylist()
 
     def _check_columns(self, entry: DatasetFile) -> None:
         with (opened := self._files.open(self._prefix, entry)).file:

@@ -19,6 +19,7 @@ from infra.errors import GateError
 from infra.storage import ObjectStore, open_store
 from model.schedule import alphas_cumprod_of
 from model.unet import NUM_INPAINTING_CHANNELS, load_unet, widen_conv_in
+from preprocessing.contracts.tombstones import Tombstones
 from training.batch import Batch
 from training.checkpoint import Checkpoints
 from training.compatibility import check_specs
@@ -110,11 +111,13 @@ def _prepare(run: RunSpec, workdir: Path, world: World, trainer_type: "type[Trai
     tracker_names = check_trackers(run.train.trackers) if world.is_first else ()
     store = open_store(run.store_uri)
     if world.local_rank == 0:  # the others wait for it when they join the process group
-        check_specs(_open(run, store, workdir).specs, run.model)
+        check_specs(_open(run, store, workdir, Tombstones()).specs, run.model)
     init_distributed(world, max(_MIN_TIMEOUT_S, run.train.stall_timeout_s))
-    session = [uuid.uuid4().hex]
-    dist.broadcast_object_list(session, src=0)
-    dataset = _open(run, store, workdir, session[0])
+    # What one process would read a moment after another may not be the same: all go by what the first one read.
+    common: list[Any] = [uuid.uuid4().hex, Tombstones.load(store) if world.is_first else None]
+    dist.broadcast_object_list(common, src=0)
+    session, tombstones = common
+    dataset = _open(run, store, workdir, tombstones, session)
     conditioner = load_conditioner(
         run.train, dataset.specs, dataset.constants, directory=run.model.directory, device=world.device
     )
@@ -138,7 +141,9 @@ def _load_base(run: RunSpec) -> UNet2DConditionModel:
     return unet
 
 
-def _open(run: RunSpec, store: ObjectStore, workdir: Path, session: str | None = None) -> TrainingDataset:
+def _open(
+    run: RunSpec, store: ObjectStore, workdir: Path, tombstones: Tombstones, session: str | None = None
+) -> TrainingDataset:
     return open_dataset(
         store,
         run.datasets,
@@ -146,6 +151,7 @@ def _open(run: RunSpec, store: ObjectStore, workdir: Path, session: str | None =
         fields=fields_of(run.train),
         cache_bytes=run.train.cache_bytes,
         session=session,
+        tombstones=tombstones,
     )
 
 
@@ -197,6 +203,7 @@ class Trainer:
         position: Samples seen, and passed over; a multiple of the global batch size.
         saved_step: Step of the last checkpoint; -1 if there is none.
         skips: What was passed over, and why.
+        tombstones: From which positions on which rows were in no batch: position, and digest.
     """
 
     run: RunSpec
@@ -214,6 +221,7 @@ class Trainer:
     position: int = 0
     saved_step: int = -1
     skips: Skips = field(default_factory=Skips)
+    tombstones: tuple[tuple[int, str], ...] = ()
     progress: Progress = field(init=False)
     metrics: MetricsLog = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -253,9 +261,11 @@ class Trainer:
         """Goes on from the newest checkpoint that is whole, if there is any."""
         state = self._load_newest()
         if state is not None:
-            self.position, self.skips = state.position, state.skips
+            self.position, self.skips, self.tombstones = state.position, state.skips, state.tombstones
         if self.world.is_first:
             self.metrics.start(self.step, self.position)
+        self._note_tombstones()
+        if self.world.is_first:
             emit(
                 {
                     "event": "resumed" if self.step else "started",
@@ -263,6 +273,21 @@ class Trainer:
                     "num_steps": self.run.train.num_steps,
                 }
             )
+
+    def _note_tombstones(self) -> None:
+        """Says from where on the tombstones of this start are in force, if those of before were others."""
+        found = self.dataset.tombstones
+        before = self.tombstones[-1][1] if self.tombstones else ""
+        if found.digest == before:
+            return
+        self.tombstones = (
+            *(entry for entry in self.tombstones if entry[0] < self.position),
+            (self.position, found.digest),
+        )
+        LOGGER.info("%d tombstones are in force from position %d on: %s", len(found), self.position, found.digest[:16])
+        if self.world.is_first:
+            told = {"digest": found.digest, "num": len(found)}
+            self.metrics.note(step=self.step + 1, position=self.position, tombstones=told)
 
     def run_to_end(self, stop: Stop) -> dict[str, Any] | None:
         """Takes the steps that are left; see `run_training`."""
@@ -357,6 +382,7 @@ class Trainer:
             dataset_digest=self.dataset.digest,
             skips=self.skips,
             loss_scale=None if self.loss_scale is None else (self.loss_scale.value, self.loss_scale.num_good_steps),
+            tombstones=self.tombstones,
             config=self.run.train.model_dump(mode="json"),
         )
 

@@ -61,6 +61,14 @@ class Mixture:
         parts = self._block_of(block)[0, :place]
         return block * self._shares + np.bincount(parts, minlength=len(self._shares))
 
+    def position_of(self, part: int, own: int) -> int:
+        """The position at which a dataset's own one stands: the inverse of `locate`."""
+        if len(self._shares) == 1:
+            return own
+        block, number = divmod(own, int(self._shares[part]))
+        parts, _ = self._block_of(block)
+        return block * SAMPLES_PER_BLOCK + int(np.flatnonzero(parts == part)[number])
+
     def _compute_block(self, block: int) -> np.ndarray:
         """(2, samples of a block): datasets, and how many samples of the same dataset stand before in the block."""
         keys = stream(*self._name, block).bit_generator.random_raw(SAMPLES_PER_BLOCK)

@@ -108,6 +108,38 @@ class SampleOrder:
             yield plan.shards_of(window)
             epoch, window = (epoch, window + 1) if window + 1 < plan.num_windows else (epoch + 1, 0)
 
+    def position_of(self, epoch: int, shard: int, row: int) -> int:
+        """Where a row is seen in an epoch: the inverse of `locate`."""
+        plan = self.plan_of(epoch)
+        at = int(np.flatnonzero(plan.shards == shard)[0])
+        window = int(np.searchsorted(plan.first_shards, at, side="right")) - 1
+        shards, rows = self._rows_of(epoch, window)
+        place = int(np.flatnonzero((shards == shard) & (rows == row))[0])
+        return epoch * self._total + int(plan.starts[window]) + place
+
+    def stand_ins(self, position: int) -> Iterator[tuple[int, int]]:
+        """Who may be seen in place of the sample at a position, the first choice first: a pure function, too.
+
+        They are the other rows of its window, in their order, from half a window away on, so that a batch rarely holds
+        one twice; then those of the epoch's next windows, so that the files that are in use suffice if any does.
+
+        Args:
+            position: Of the sample that must not be seen.
+
+        Yields:
+            Shard, and row within the shard; in the end each row of the epoch, once.
+        """
+        epoch, place = divmod(position, self._total)
+        plan = self.plan_of(epoch)
+        own = int(plan.window_of(place))
+        for window in (*range(own, plan.num_windows), *range(own)):
+            rows = self._rows_of(epoch, window)
+            size = rows.shape[1]
+            first = place - int(plan.starts[window]) + (size + 1) // 2 if window == own else 0
+            for i in range(first, first + size):
+                shard, row = rows[:, i % size].tolist()
+                yield shard, row
+
     def next_needs(self, position: int) -> np.ndarray:
         """When each shard is needed next, as seen from a position: 0 is now, and the greatest number last.
 

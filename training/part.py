@@ -10,6 +10,7 @@ import numpy as np
 
 from infra.errors import ContractError
 from preprocessing.contracts.manifest import DatasetFile, Manifest
+from preprocessing.contracts.tombstones import Tombstones
 from training.order import ROWS_PER_WINDOW, SampleOrder
 from training.rows import Shard
 from training.shard_files import ShardFiles
@@ -30,19 +31,30 @@ class Part:
         files: Where its files are had from.
         wanted: Columns of fixed width, and their widths.
         num_parts: Datasets that are open at once, this one included.
+        tombstones: Rows that must not be seen.
 
     Attributes:
         digest: The dataset's.
-        num_rows: Rows of each shard that has any.
+        num_rows: Rows of each shard that had any when it was made: the order counts those that were forgotten, so that
+            it stays what it was for all others, and is the same before and after they are removed from the files.
     """
 
     def __init__(
-        self, manifest: Manifest, prefix: str, files: ShardFiles, wanted: Sequence[tuple[str, int]], num_parts: int = 1
+        self,
+        manifest: Manifest,
+        prefix: str,
+        files: ShardFiles,
+        wanted: Sequence[tuple[str, int]],
+        num_parts: int = 1,
+        tombstones: Tombstones | None = None,
     ) -> None:
         self.digest = manifest.digest
         self._wanted = wanted
-        self._entries = [file for file in manifest.files("rows", split="train") if file.num_rows]
-        self.num_rows = tuple(file.num_rows for file in self._entries)
+        self._entries = [file for file in manifest.files("rows", split="train") if file.num_places]
+        self.num_rows = tuple(file.num_places for file in self._entries)
+        self._tombstones = tombstones or Tombstones()
+        self._is_anything_gone = bool(len(self._tombstones)) or any(file.removed for file in self._entries)
+        self._rows_at = functools.cache(self._find_rows)
         self._prefix, self._files = prefix, files
         self.order = functools.lru_cache(_NUM_SEEDS_KEPT)(self._make_order)
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -53,6 +65,50 @@ class Part:
 
     def _make_order(self, seed: int) -> SampleOrder:
         return SampleOrder(seed, self.digest, self.num_rows)
+
+    def locate(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The samples at some own positions; in place of a forgotten one another of its window, always the same.
+
+        Args:
+            seed: The training's.
+            positions: From 0 to any number.
+
+        Returns:
+            For each its epoch, its shard, and its row as it lies in the file: int64.
+
+        Raises:
+            ContractError: All rows are forgotten; or a file is missing or damaged.
+        """
+        order = self.order(seed)
+        epochs, shards, places = order.locate(positions)
+        if not self._is_anything_gone:
+            return epochs, shards, places
+        rows = np.array([self._rows_at(s)[p] for s, p in zip(shards.tolist(), places.tolist(), strict=True)], np.int64)
+        for i in np.flatnonzero(rows < 0).tolist():
+            shards[i], rows[i] = self._stand_in(order, int(positions[i]))
+        return epochs, shards, rows
+
+    def _stand_in(self, order: SampleOrder, position: int) -> tuple[int, int]:
+        for shard, place in order.stand_ins(position):
+            if (row := int(self._rows_at(shard)[place])) >= 0:
+                return shard, row
+        raise ContractError(
+            f"dataset: all {sum(self.num_rows)} training rows of {self._prefix} are forgotten; prepare another dataset"
+        )
+
+    def _find_rows(self, index: int) -> np.ndarray:
+        """(places,) int32: the row of a shard's file at each place of the order; -1 for those that must not be seen."""
+        entry = self._entries[index]
+        rows = np.full(entry.num_places, -1, np.int32)
+        if not entry.num_rows:
+            return rows
+        is_there = np.ones(entry.num_places, dtype=bool)
+        is_there[list(entry.removed)] = False
+        numbers = np.arange(entry.num_rows, dtype=np.int32)
+        if len(self._tombstones):
+            numbers[self.shard(index).named_by(self._tombstones)] = -1
+        rows[is_there] = numbers
+        return rows
 
     def shard(self, index: int) -> Shard:
         """An open shard, of which the content was verified, and which did not change since.
@@ -100,5 +156,5 @@ class Part:
     def bytes_at_once(self) -> int:
         """How many bytes of files are in use at once at most: of three windows, or all of the dataset."""
         total = sum(entry.num_bytes for entry in self._entries)
-        largest_row = max(entry.num_bytes / entry.num_rows for entry in self._entries)
+        largest_row = max(entry.num_bytes / max(1, entry.num_rows) for entry in self._entries)
         return min(total, int(_NUM_WINDOWS_AT_ONCE * largest_row * (ROWS_PER_WINDOW + max(self.num_rows))) + 1)

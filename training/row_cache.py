@@ -27,7 +27,7 @@ from pathlib import Path
 from infra.errors import ContractError
 from infra.storage import DamagedObjectError, ObjectNotFoundError, ObjectStore
 from preprocessing.contracts.manifest import DatasetFile
-from training.shard_files import LocalFiles, Notes, OpenFile, ShardFiles, check_content, open_at
+from training.shard_files import LocalFiles, Notes, OpenFile, ShardFiles, check_content, check_named, open_at
 
 LOGGER = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class RowCache:
 
         Raises:
             ContractError: Twice in a row, what the store gave was damaged or missing; or the cache is too small.
-            TransientError: The store could not be reached.
+            TransientError: The store could not be reached; or the dataset names the file no more.
         """
         with contextlib.suppress(ContractError):
             opened = self._open_held(file)
@@ -108,14 +108,14 @@ class RowCache:
         return self._shards / f"{file.sha256}.parquet"
 
     def _open_locked(self, prefix: str, file: DatasetFile) -> OpenFile:
-        key = f"{prefix}/{file.name}"
+        key = file.key(prefix)
         problem: Exception | None = None
         for num_fetched in range(_NUM_FETCHES + 1):
             if (opened := self._open_cached(file)) is not None:
                 return opened
             if num_fetched < _NUM_FETCHES:
                 try:
-                    return self._fetch(key, file)
+                    return self._fetch(prefix, file)
                 except (DamagedObjectError, ContractError) as error:
                     problem = error
                     LOGGER.warning("%s: what arrived is not used: %s", self._store.uri_of(key), error)
@@ -155,13 +155,15 @@ class RowCache:
             return None
         return opened
 
-    def _fetch(self, key: str, file: DatasetFile) -> OpenFile:
+    def _fetch(self, prefix: str, file: DatasetFile) -> OpenFile:
         """Fetches a file under the hash that the manifest gives it; what has another one never takes its name."""
+        key = file.key(prefix)
         with self._room_for(file) as folder:
             scratch = folder / "shard.parquet"
             try:
                 entry = self._store.download(key, scratch, file.sha256)
             except ObjectNotFoundError as error:
+                check_named(self._store, prefix, file)
                 raise ContractError(f"{error}, and the manifest names it") from None
             if entry.num_bytes != file.num_bytes:
                 raise ContractError(f"{entry.num_bytes} bytes, the manifest says {file.num_bytes}")

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import ContractError
 from preprocessing.contracts.raw_pages import MAX_HEADER_BYTES, find_chunk
+from preprocessing.contracts.tombstones import Tombstones, named_rows
 from training.shard_files import OpenFile
 
 LOGGER = logging.getLogger(__name__)
@@ -93,6 +94,15 @@ class Shard:
         if len(bits) != UID_NUM_BYTES * self.num_rows or bits.hex() != text:
             raise ContractError(f"{self.path}: column 'uid' holds other things than 32 hexadecimal digits a row")
         return np.frombuffer(bits, dtype=np.uint8).reshape(self.num_rows, UID_NUM_BYTES)
+
+    def named_by(self, tombstones: Tombstones) -> np.ndarray:
+        """(num_rows,) bool: which rows must not be seen.
+
+        Raises:
+            ContractError: The rows lack a column that tells.
+        """
+        with self._finding:
+            return named_rows(tombstones, self._parquet, str(self.path))
 
     def column(self, name: str, width: int) -> np.ndarray:
         """The raw values of a column.

@@ -1,6 +1,6 @@
 """What one training run is: its name, its inputs, and where its results stand in the store. No torch."""
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import Field
 
@@ -10,6 +10,10 @@ from training.config import TrainConfig
 
 TRAIN_VERSION = 2
 """Raised by hand whenever the code's result changes: a run of another version is another run."""
+
+
+EXPORTS_PREFIX: Final = "exports"
+"""Below it lie the exports, by run."""
 
 
 class RunSpec(Config):
@@ -63,6 +67,11 @@ def run_id_of(recipe: str, digest: str) -> str:
     return f"{recipe}-{digest[:12]}"
 
 
+def recipe_of(run_id: str) -> str:
+    """The recipe's name in that of a run; the inverse of `run_id_of`."""
+    return run_id.rpartition("-")[0]
+
+
 def step_name(step: int) -> str:
     """``step-00000100``: sorts as the numbers do."""
     return f"step-{step:08d}"
@@ -103,4 +112,4 @@ def validation_prefix(run_id: str, step: int) -> str:
 
 def export_prefix(run_id: str, step: int) -> str:
     """The key of the folder with what was published from one checkpoint."""
-    return f"exports/{run_id}/{step_name(step)}"
+    return f"{EXPORTS_PREFIX}/{run_id}/{step_name(step)}"

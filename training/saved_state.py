@@ -53,6 +53,8 @@ class TrainingState(BaseModel):
         dataset_digest: Of the dataset.
         skips: What was not trained on because numbers were not finite.
         loss_scale: Of fp16, and the good steps since it last changed.
+        tombstones: From which positions on which rows were in no batch: the position, and the digest of the tombstones;
+            before the first one none were.
         config: The `TrainConfig`, for people.
     """
 
@@ -68,6 +70,7 @@ class TrainingState(BaseModel):
     dataset_digest: str
     skips: Skips = Skips()
     loss_scale: tuple[float, int] | None = None
+    tombstones: tuple[tuple[int, str], ...] = ()
     config: dict[str, Any]
 
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from infra.errors import ContractError
+from infra.errors import ContractError, TransientError
 from infra.storage import ObjectStore
-from preprocessing.contracts.manifest import DatasetFile
+from preprocessing.contracts.manifest import DatasetFile, find_manifest
 
 LOGGER = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class ShardFiles(Protocol):
 
         Raises:
             ContractError: It is missing or damaged; names it.
+            TransientError: Its dataset was written again meanwhile, and names it no more.
         """
         ...
 
@@ -86,7 +87,12 @@ class LocalFiles:
     def open(self, prefix: str, file: DatasetFile) -> OpenFile:
         """See `ShardFiles`."""
         path = self._path(prefix, file)
-        opened = open_at(path, file)
+        try:
+            opened = open_at(path, file)
+        except ContractError:
+            if not path.exists():
+                check_named(self._store, prefix, file)
+            raise
         if self._notes.know(file.sha256, opened.identity):
             return opened
         with opened.file, self._notes.locked(file.sha256):
@@ -106,7 +112,7 @@ class LocalFiles:
         return opened
 
     def _path(self, prefix: str, file: DatasetFile) -> Path:
-        path = self._store.local_path(f"{prefix}/{file.name}")
+        path = self._store.local_path(file.key(prefix))
         assert path is not None, "a store without local paths goes through the cache"
         return path
 
@@ -165,6 +171,23 @@ class Notes:
                 yield False
             else:
                 yield True
+
+
+def check_named(store: ObjectStore, prefix: str, file: DatasetFile) -> None:
+    """Makes sure that a file that is not there is missed: a dataset is written again when rows of it are forgotten.
+
+    Raises:
+        TransientError: The dataset's manifest does not name it any more; who reads the dataset anew goes on.
+    """
+    manifest = find_manifest(store, prefix)
+    if manifest is None:
+        return
+    names = {other.key(prefix) for shard in manifest.shards for other in shard.files}
+    if file.key(prefix) not in names:
+        raise TransientError(
+            f"{store.uri_of(file.key(prefix))}: it went while it was in use, since rows of its dataset were forgotten; "
+            "the same call goes on with the files that are there"
+        )
 
 
 def open_at(path: Path, file: DatasetFile) -> OpenFile:

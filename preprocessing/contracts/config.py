@@ -305,6 +305,24 @@ class DownloadConfig(Config):
         return values
 
 
+class RetentionConfig(Config):
+    """What is kept of other people's pictures. Nothing in it changes a result."""
+
+    keep_pictures: bool = Field(
+        default=False,
+        json_schema_extra=NOT_IN_DIGEST,
+        description="Keep the downloaded pictures. Otherwise they are deleted once the dataset is encoded; encoding "
+        "them in another way then downloads them again.",
+    )
+    keep_pictures_days: float = Field(
+        default=0,
+        ge=0,
+        le=3650,
+        json_schema_extra=NOT_IN_DIGEST,
+        description="Delete them only so long after they were downloaded: by the first run that ends then.",
+    )
+
+
 class EncodeConfig(Config):
     """From pictures to training rows."""
 
@@ -398,6 +416,49 @@ class EncodeConfig(Config):
         for k in range(self.num_mask_variants):
             columns |= {f"mask_{k}": latents.mask_num_bytes, f"masked_moments_{k}": latents.moments_num_bytes}
         return columns
+
+
+class RefreshConfig(Config):
+    """What a refresh looks at, and when it refuses what it made. Nothing in it changes a dataset."""
+
+    max_lost_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Gate: where a larger share of the last dataset's rows is gone, that one stands (exit code 3).",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    min_success_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Gate on downloaded / selected rows.", json_schema_extra=NOT_IN_DIGEST
+    )
+    max_drift: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Gate on the stability index (PSI) of each score against the last dataset: 0.25 is a clear shift; "
+        "not asked below 100 rows. None: no gate.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    recheck_days: float | None = Field(
+        default=30,
+        ge=0,
+        description="Servers of pictures that we hold are asked once in so many days whether they have opted out; 0: "
+        "all at each refresh; None: never.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    forget_withdrawn: bool = Field(
+        default=True,
+        description="Rows of which URL and caption have both gone from the metadata are forgotten for good, in earlier "
+        "datasets, too.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
+    max_withdrawn_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Where a larger share of the last dataset's rows has gone from the metadata, it is taken for "
+        "incomplete: a warning, and none is forgotten until this allows it.",
+        json_schema_extra=NOT_IN_DIGEST,
+    )
 
 
 class ModelConfig(Config):

@@ -60,3 +60,5 @@ class Reason(StrEnum):
     DUPLICATE_IMAGE = "duplicate_image"  # the same bytes as another row's picture
     IMAGE_UNREADABLE = "image_unreadable"
     NON_FINITE = "non_finite"  # NaN or infinity out of an encoder
+    # every stage
+    FORGOTTEN = "forgotten"  # a tombstone names it: see preprocessing/contracts/tombstones.py; never asked for again

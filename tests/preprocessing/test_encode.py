@@ -25,7 +25,7 @@ from preprocessing.contracts.reasons import Reason
 from preprocessing.encode.kernel import encode_rows
 from preprocessing.encode.stage import EncodeStage, check_gate
 from preprocessing.mask_files import read_mask_files
-from preprocessing.stage import commit_shard, run_stage
+from preprocessing.stage import ShardOutput, commit_shard, run_stage
 from tests.preprocessing.pictures import Downloaded, picture_row, picture_table
 
 SIDE_PX = 64
@@ -148,6 +148,7 @@ def test_again_is_the_same_bytes(tmp_path: Path, stage: EncodeStage, manifest: M
         ModelConfig(base_prediction_type="v_prediction", base="tiny"),
     )
     output = next(fresh.outputs([0], tmp_path))
+    assert isinstance(output, ShardOutput)
     report = commit_shard(again, "x", output, tmp_path)
     assert {f.name: f.sha256 for f in report.files} == {f.name: f.sha256 for f in manifest.shards[0].files}
 

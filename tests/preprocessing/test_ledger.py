@@ -19,7 +19,6 @@ from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.contracts.reasons import Reason
 from preprocessing.download import stage as stage_module
 from preprocessing.download.addresses import Verdict
-from preprocessing.download.due import DueStage
 from preprocessing.download.fetch import FetchedRow
 from preprocessing.download.images import NormalizedImage
 from preprocessing.download.ledger import LEDGER_PREFIX, MEMORY, Ledger, Memory, due, due_after, read_entries
@@ -254,19 +253,3 @@ def test_a_bad_shard_ends_the_run_and_is_not_kept(store: ObjectStore, monkeypatc
     assert [shard.num_out for shard in manifest.shards] == [2, 3, 1]
     # What is remembered counts neither way.
     assert make(store, run_stage(store, Given([urls("gone", "7")])), strict).num_out == 1
-
-
-def test_what_is_due_becomes_a_second_dataset(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_module, "fetch_shards", Told(ANSWERS))
-    selected = run_stage(store, Given([urls("1", "gone", "no"), urls("2", "late")]))
-    first = make(store, selected)
-    waiting = due(store, datetime.now(UTC) + timedelta(days=1))
-    again = run_stage(store, DueStage(store, selected, waiting["uid"].to_list()))
-    assert (again.num_in, again.parents) == (1, {"select": selected.digest})
-    engine = Told({})
-    monkeypatch.setattr(stage_module, "fetch_shards", engine)
-    second = make(store, again)
-    assert engine.asked == urls("late")
-    assert (first.num_out, second.num_out) == (2, 1)
-    assert due(store, datetime.now(UTC) + timedelta(days=1)).is_empty()
-    assert DueStage(store, selected, []).digest != again.digest

@@ -1,5 +1,7 @@
 """The select stage: what is kept, in which order, under which digest."""
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra import pulse
 from infra.errors import GateError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.config import DemoWorldConfig, SelectConfig, SourceConfig
@@ -18,7 +21,7 @@ from preprocessing.contracts.schemas import REJECTS, SELECTED
 from preprocessing.demo.metadata import awkward_rows, metadata_key
 from preprocessing.laion import open_metadata
 from preprocessing.select import SelectStage, check_gate
-from preprocessing.stage import run_stage
+from preprocessing.stage import ShardOutput, run_stage
 
 DEMO = SourceConfig(demo=DemoWorldConfig(num_pictures=60), rows_per_shard=50)
 # The demo recipe's limits.
@@ -151,6 +154,19 @@ def test_the_first_kept_row_wins(tmp_path: Path) -> None:
         Reason.PUNSAFE_MISSING,
     ]
     assert [shard.num_in for shard in manifest.shards] == [2, 2, 2, 1]
+
+
+def test_it_beats_before_the_first_shard_is_there(tmp_path: Path) -> None:
+    assert LIMITS.drop_duplicates  # so all rows are read first
+    heard: list[int] = []
+    stage = SelectStage(open_store(str(tmp_path / "store")), DEMO, LIMITS)
+    with pulse.listening(lambda: heard.append(1)), contextlib.closing(_generator(stage, tmp_path)) as outputs:
+        next(outputs)
+        assert heard
+
+
+def _generator(stage: SelectStage, scratch: Path) -> Generator[ShardOutput]:
+    yield from stage.outputs(range(stage.num_shards), scratch)
 
 
 def test_rejects_name_the_row_and_the_value(tmp_path: Path) -> None:

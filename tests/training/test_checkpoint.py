@@ -98,7 +98,7 @@ def test_rotation_keeps_the_newest_and_what_a_channel_names(
     move_channel(store, "best", pointer_to(store, "best", prefixes[0]), lambda _: True)
     exported = export_prefix(RUN, 200)
     commit_bundle(store, exported, tmp_path / "folder-200", kind="export", run_id=RUN, step=200)
-    move_channel(store, "stable", pointer_to(store, "stable", exported), lambda _: True)
+    move_channel(store, "latest", pointer_to(store, "latest", exported), lambda _: True)
     assert checkpoints.rotate() == [prefixes[2]]
     assert list_bundles(store, checkpoints_prefix(RUN)) == [prefixes[0], prefixes[1], prefixes[3], prefixes[4]]
     assert list(store.list(f"{prefixes[2]}/")) == []

@@ -269,6 +269,7 @@ def _run(store: ObjectStore, prefix: str, model: ModelConfig, **fields: Any) -> 
     return RunSpec(run_id=run_id, store_uri=store.uri, dataset_prefix=prefix, model=model, train=config)
 
 
+@pytest.mark.soak
 def test_a_run_that_was_interrupted_ends_the_same(
     encode: Encode, encoded_store: ObjectStore, tiny_model: ModelConfig, tmp_path: Path
 ):

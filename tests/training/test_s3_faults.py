@@ -170,10 +170,10 @@ def _publish(store: ObjectStore, files: Path, scratch: Path) -> None:
     """An export and its channels, a consumer, and races that are decided by the store."""
     prefix = export_prefix(save_harness.RUN, 4)
     commit_bundle(store, prefix, files, kind="export", run_id=save_harness.RUN, step=4)
-    for channel in ("latest", "best", "stable"):
+    for channel in ("latest", "best"):
         moved = move_channel(store, channel, pointer_to(store, channel, prefix), lambda _: True)
         assert moved is not None
-    pull(store, "stable", scratch / "pulled")
+    pull(store, "latest", scratch / "pulled")
     assert _contents(scratch / "pulled").items() >= _contents(files).items()
     for bundle in (prefix, *list_bundles(store, checkpoints_prefix(save_harness.RUN))):
         assert verify_bundle(store, bundle) == []

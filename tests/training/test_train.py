@@ -80,6 +80,7 @@ def _tallies(store: ObjectStore, run: RunSpec) -> list[dict[str, Any]]:
     return [{name: line[name] for name in names} for line in _metrics(store, run) if "loss_by_mask" in line]
 
 
+@pytest.mark.soak
 def test_two_processes_learn_and_a_killed_run_ends_the_same(make_run: MakeRun, store: ObjectStore, tmp_path: Path):
     run = make_run(num_processes=2, **LONG)
     events: list[dict[str, Any]] = []
