@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flows.config import PipelineConfig, explain, load_config, recipe_names
+from flows.operate import operate_app
 from infra.errors import (
     EXIT_BAD_INPUT,
     EXIT_GATE_REFUSED,
@@ -45,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(operate_app, epilog=_EPILOG)
 
 Recipe = Annotated[
     str, typer.Option("--recipe", metavar="NAME|PATH", help=f"A recipe: {', '.join(recipe_names())}, or a YAML file.")
@@ -156,7 +158,10 @@ def _run_flow(
         elif config.model.find_directory() is not None:  # else the flow converts the base first, and then looks
             find_dataset(config, open_store(root))
         with prefect_server(root, debug=debug), listening():
-            result: BaseModel = getattr(importlib.import_module(f"flows.{verb}"), verb)(config, root, **options)
+            from prefect import tags
+
+            with tags("lacuna"):  # as deployments have it: automations know our runs by it
+                result: BaseModel = getattr(importlib.import_module(f"flows.{verb}"), verb)(config, root, **options)
         _show(result.model_dump(mode="json"), getattr(screens, screen)(result), as_json)
 
 
@@ -310,18 +315,58 @@ def pull(
         Path, typer.Option("--to", metavar="DIR", help="The folder to make; it appears only once it is whole.")
     ],
     root: Root = _ROOT,
+    if_changed: Annotated[
+        bool, typer.Option("--if-changed", help="Be content with a folder that holds this version: nothing is read.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetches what a channel points to: resolved, downloaded, every hash verified, renamed into place."""
+    """Fetches what a channel points to: resolved, downloaded, every hash verified, renamed into place.
+
+    Prints the folder's path on stdout. What was interrupted goes on; what is there already is hashed again, or with
+    --if-changed believed by its manifest and sizes. Others, without this program: docs/consumers.md.
+
+    lacuna pull stable --root s3://bucket/prefix --to models/stable --if-changed
+    """
     with _exit_codes(as_json, debug):
+        from flows.progress import listener, listening
+        from flows.screens import pull_json, pull_screen
         from infra.channels import pull as pull_bundle
         from infra.storage import open_store
 
-        manifest = pull_bundle(open_store(root), channel.rstrip("/"), to)
-        size = f"{len(manifest.files)} files, {manifest.num_bytes / 1e6:.1f} MB"
-        text = f"{manifest.run_id} step {manifest.step}: {size}, verified, in {to}"
-        _show({"to": str(to.absolute()), **manifest.model_dump(mode="json")}, text, as_json)
+        with listening():
+            told = listener()  # bytes come in threads, which would look for a listener of their own
+
+            def tell(num_done: int, num_bytes: int) -> None:
+                told.advance("pull", num_done // 10**6, num_bytes // 10**6, "MB")
+
+            found = pull_bundle(open_store(root), channel.rstrip("/"), to, if_changed=if_changed, on_progress=tell)
+        print(pull_screen(found), file=sys.stderr, flush=True)
+        _show(pull_json(found, to), str(to.absolute()), as_json)
+
+
+@app.command(epilog=_EPILOG)
+def presign(
+    channel: Annotated[
+        str, typer.Argument(metavar="CHANNEL", help="latest, best, stable, or the key of a bundle's folder.")
+    ],
+    root: Root = _ROOT,
+    expires: Annotated[
+        int, typer.Option("--expires", metavar="SECONDS", help="How long the addresses are valid, at most 7 days.")
+    ] = 3600,
+    debug: Debug = False,
+) -> None:
+    """Prints addresses of every file that a channel points to, for those who have no credentials, as JSON.
+
+    Whoever has the JSON can read these files until it expires. docs/consumers.md says how; `lacuna_pull.py` takes it.
+
+    lacuna presign stable --root s3://bucket/prefix --expires 86400 > stable.json
+    """
+    with _exit_codes(False, debug):
+        from infra.presigning import presign as presign_bundle
+        from infra.storage import open_store
+
+        print(presign_bundle(open_store(root), channel.rstrip("/"), expires).model_dump_json(indent=1))
 
 
 @app.command("show-config", epilog=_EPILOG)
@@ -382,6 +427,60 @@ def _gpu() -> str:
 def _free_bytes(folder: Path) -> int:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(there).free
+
+
+@app.command(epilog=_EPILOG)
+def forget(
+    url: Annotated[
+        list[str] | None, typer.Option("--url", metavar="URL", help="An address, as in the metadata. Repeatable.")
+    ] = None,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", metavar="HOST", help="A host, and all below it. Repeatable.")
+    ] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option("--sha256", metavar="HEX", help="Of a picture as it was served. Repeatable.")
+    ] = None,
+    uid: Annotated[list[str] | None, typer.Option("--uid", metavar="HEX", help="Of a row. Repeatable.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="LIST", help="A list: 'url https://…', 'host …', … a line.")
+    ] = None,
+    root: Root = _ROOT,
+    reason: Annotated[
+        str, typer.Option("--reason", metavar="REASON", help="request, opt_out or withdrawn.")
+    ] = "request",
+    by: Annotated[str | None, typer.Option("--by", metavar="TEXT", help="Who notes it [the account's name].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only says what holds the rows.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Removes the rows from the files, too; alone: all that were forgotten.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Forgets rows: from here on nothing reads them, downloads them or trains on them.
+
+    Says which datasets hold them, and which checkpoints, exports and channels were trained on them. Addresses and hosts
+    are kept as hashes only. A training that is under way leaves the rows out from its next start on.
+
+    lacuna forget --url https://example.com/a.jpg --host example.org --compact
+    """
+    with _exit_codes(as_json, debug):
+        from flows.forget import forget as forget_rows
+        from flows.forget import forgotten_json, parse_entries, urls_in
+        from flows.screens import forget_screen
+        from infra.storage import open_store
+
+        named: dict[Any, list[str]] = {"url": url or [], "host": host or [], "sha256": sha256 or [], "uid": uid or []}
+        entries = parse_entries(named, file, reason, by)
+        if not entries and not compact:
+            raise ValueError("forget: nothing is named; give --url, --host, --sha256, --uid, --file or --compact")
+        found = forget_rows(
+            open_store(root),
+            entries,
+            is_dry_run=dry_run,
+            with_compaction=compact,
+            urls=urls_in(named, file),
+        )
+        _show(forgotten_json(found), forget_screen(found), as_json)
 
 
 # ------------------------------------------------------------------------------------------------------------- endings

@@ -2,20 +2,53 @@
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from preprocessing.contracts.config import Config, DownloadConfig, EncodeConfig, ModelConfig, SelectConfig, SourceConfig
+from preprocessing.contracts.config import (
+    Config,
+    DownloadConfig,
+    EncodeConfig,
+    ModelConfig,
+    RefreshConfig,
+    RetentionConfig,
+    SelectConfig,
+    SourceConfig,
+)
 from training.config import PublishConfig, TrainConfig, ValidationConfig
 
 RECIPES = Path(__file__).with_name("recipes")
 MAX_RECIPE_BYTES = 1 << 20
 _LONGEST_VALUE = 80
+
+
+class OperationsConfig(Config):
+    """How a run is spread over machines and watched. Nothing in it changes a result."""
+
+    stages: Literal["inline", "deployments"] = Field(
+        default="inline",
+        description="Run each stage in the flow's own process, or as its own deployment, on the work pool of that.",
+    )
+    task_runner: Literal["threads", "processes", "dask", "ray"] | None = Field(
+        default=None,
+        description="Map shards of download and encode over tasks of this engine; unset: one task does them all.",
+    )
+    task_runner_address: str | None = Field(
+        default=None, description="Of a Dask scheduler or a Ray head that runs already; unset: one on this machine."
+    )
+    max_tasks: int = Field(default=2, ge=1, le=1000, description="Tasks of one stage at a time.")
+    stall_timeout_s: float = Field(
+        default=3600,
+        gt=0,
+        description="No new row, shard or step for so long ends the stage with a diagnosis (code 4). Tasks of "
+        "processes, dask or ray tell of rows through the store, each minute or four times within it; the time in which "
+        "all of them wait in a queue or load their models counts as no progress.",
+    )
 
 
 class PipelineConfig(Config):
@@ -30,6 +63,9 @@ class PipelineConfig(Config):
     train: TrainConfig
     validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]  # every field has a default
     publish: PublishConfig = PublishConfig()  # pyright: ignore[reportCallIssue]  # every field has a default
+    retention: RetentionConfig = RetentionConfig()  # pyright: ignore[reportCallIssue]  # every field has a default
+    refresh: RefreshConfig = RefreshConfig()  # pyright: ignore[reportCallIssue]  # every field has a default
+    operations: OperationsConfig = OperationsConfig()  # pyright: ignore[reportCallIssue]  # every field has a default
 
 
 def recipe_names() -> list[str]:
@@ -58,9 +94,60 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> PipelineConfig:
         raise ValueError(explain(error, PipelineConfig)) from None
 
 
-def resolve(config: PipelineConfig | str) -> PipelineConfig:
-    """A config as it is, or the one that a recipe's name stands for."""
-    return load_config(config) if isinstance(config, str) else config
+def resolve(config: PipelineConfig | Mapping[str, Any] | str) -> PipelineConfig:
+    """A config as it is, or the one that a recipe's name or a form's settings stand for.
+
+    Raises:
+        ValueError: One line for the first thing that is wrong: field, value, what is allowed.
+    """
+    if isinstance(config, PipelineConfig):
+        return config
+    return load_config(config) if isinstance(config, str) else load_settings(config)
+
+
+def load_settings(settings: Mapping[str, Any]) -> PipelineConfig:
+    """Reads what a deployment's form gives: a recipe, and settings over it.
+
+    Args:
+        settings: ``recipe``, a shipped recipe's name, or ``recipe_file``, a YAML file's path; ``name``, which names the
+            runs and is the recipe's by default; and any section of `PipelineConfig`, or a part of one. Without a recipe
+            the sections must say all that has no default.
+
+    Raises:
+        ValueError: One line for the first thing that is wrong: field, value, what is allowed.
+    """
+    values, sections = {}, dict(settings)
+    recipe, file, name = (sections.pop(key, None) for key in ("recipe", "recipe_file", "name"))
+    if recipe is not None and not isinstance(recipe, str):
+        raise ValueError(f"recipe: {recipe!r} is no recipe's name; choose one of {', '.join(recipe_names())}")
+    if file is not None or recipe is not None:
+        path = _recipe_path(str(file or recipe))
+        values = _read_yaml(path)
+        values.setdefault("recipe", path.stem)
+    if name is not None:
+        values["recipe"] = name
+    _lay_over(values, sections, PipelineConfig)
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error, PipelineConfig)) from None
+
+
+def as_settings(config: PipelineConfig) -> dict[str, Any]:
+    """A whole config as the settings of a form, which `load_settings` reads as that config on any machine."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    return {"name": config.recipe, **{key: value for key, value in values.items() if key != "recipe"}}
+
+
+def _lay_over(values: dict[str, Any], settings: Mapping[str, Any], model: type[BaseModel]) -> None:
+    """Puts settings into a recipe's values, section by section; a value that is no section replaces what is there."""
+    for key, value in settings.items():
+        field, below = model.model_fields.get(key), values.get(key)
+        inner = None if field is None else _model_of(field.annotation)
+        if inner is not None and isinstance(value, Mapping) and isinstance(below, dict):
+            _lay_over(below, value, inner)
+        elif inner is None or value is not None:  # a section that a form leaves empty says nothing
+            values[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def _recipe_path(recipe: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flows.forget_records import read_records
 from flows.plan import DATA_STAGES, dataset_lineage
 from flows.status import datasets_of_run
 from flows.store import base_folder, read_any, read_manifest, run_config
@@ -96,7 +97,9 @@ def inspect_json(found: Inspected) -> dict[str, Any]:
     uri = found.store.uri_of(found.prefix)
     if isinstance(manifest, BundleManifest):
         values = manifest.model_dump(mode="json")
-        return {"uri": uri, **values, "num_bytes": manifest.num_bytes, "lineage": lineage, "missing": found.missing}
+        forgotten = read_records(found.store).num_in(found.store, found.prefix)
+        values |= {"num_bytes": manifest.num_bytes, "num_forgotten_rows": forgotten}
+        return {"uri": uri, **values, "lineage": lineage, "missing": found.missing}
     from preprocessing.contents import read_contents
 
     contents = read_contents(found.store, found.prefix, manifest, with_values=False)
@@ -184,6 +187,7 @@ def _dataset_page(
             *parents,
             Fact("made", moment_text(manifest.created_at)),
             Fact("by", f"Lacuna {manifest.code_version}, {manifest.stage} version {manifest.stage_version}"),
+            *_without_pictures(manifest),
             *_unconditional(manifest.conditional_writes),
         ],
         steps=_steps(found),
@@ -228,6 +232,7 @@ def _bundle_page(found: Inspected, manifest: BundleManifest) -> str:
             *(Fact(name, str(metadata[name]), True) for name in ("checkpoint", "report") if metadata.get(name)),
             Fact("manifest's sha256", sha256_of_bytes(store.read(f"{prefix}/{MANIFEST_NAME}")), True),
             Fact("made", moment_text(manifest.created_at)),
+            *_forgotten(store, prefix),
             *_unconditional(manifest.conditional_writes),
         ],
         steps=_steps(found),
@@ -264,6 +269,20 @@ def _unconditional(conditional_writes: bool) -> list[Any]:
     from preprocessing.inspection_page import Fact
 
     return [] if conditional_writes else [Fact("caution", "written to a store that does not decide races of writers")]
+
+
+def _forgotten(store: ObjectStore, prefix: str) -> list[Any]:
+    from preprocessing.inspection_page import Fact
+
+    num = read_records(store).num_in(store, prefix)
+    return [Fact("caution", f"it holds {number_text(num)} rows that were forgotten since")] if num else []
+
+
+def _without_pictures(manifest: Manifest) -> list[Any]:
+    from preprocessing.inspection_page import Fact
+
+    gone = any("image" in file.without for file in manifest.files("rows"))
+    return [Fact("pictures", "deleted once they were encoded; what is known of each row stays")] if gone else []
 
 
 def _grid(store: ObjectStore, prefix: str, manifest: BundleManifest) -> tuple[str, str] | None:

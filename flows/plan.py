@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import PipelineConfig
+from flows.engines import check_engine
+from flows.refresh_record import read_record
 from flows.results import TrainSummary
 from flows.store import dataset_at, read_manifest
 from infra.bundles import find_bundle, list_bundles
@@ -99,6 +101,41 @@ def data_stage(name: str, config: PipelineConfig, store: ObjectStore, parent: Ma
     return EncodeStage(store, parent, config.encode, config.model)
 
 
+def selection_in_force(config: PipelineConfig, store: ObjectStore, selected: str) -> str:
+    """The selection that the dataset of a config is made from: its own, or a round of it that a refresh has made.
+
+    A refresh that asks again for what had failed gives its selection another digest. Its dataset is the one of the
+    config, as long as the config gives the selection that the refresh began with, and stages that lead to that dataset.
+
+    Args:
+        config: Of the pipeline.
+        store: Where datasets stand.
+        selected: Key of the folder of the config's own selection; it stands.
+
+    Returns:
+        Key of the folder of the selection.
+
+    Raises:
+        ContractError: What stands where the refresh wrote its record is none.
+    """
+    record, _ = read_record(store, config.recipe)
+    if record is None or record.base != read_manifest(store, selected).digest:
+        return selected
+    encoded = find_manifest(store, record.prefix)
+    downloaded = None if encoded is None else find_manifest(store, _parent_prefix(encoded, "download"))
+    if downloaded is None or data_stage("encode", config, store, downloaded).digest != record.digest:
+        return selected
+    prefix = _parent_prefix(downloaded, "select")
+    selection = find_manifest(store, prefix)
+    if selection is None or data_stage("download", config, store, selection).digest != downloaded.digest:
+        return selected
+    return prefix
+
+
+def _parent_prefix(manifest: Manifest, stage: str) -> str:
+    return dataset_prefix(stage, manifest.parents[stage])
+
+
 def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedStage]:
     """Looks for the datasets of a config, stage by stage, until one is not complete.
 
@@ -113,6 +150,9 @@ def look_up_stages(config: PipelineConfig, store: ObjectStore) -> list[PlannedSt
             continue
         prefix = dataset_prefix(name, data_stage(name, config, store, parent).digest)
         parent = find_manifest(store, prefix)
+        if name == "select" and parent is not None and config.model.find_directory() is not None:
+            prefix = selection_in_force(config, store, prefix)
+            parent = find_manifest(store, prefix)
         found.append(PlannedStage(name, prefix, parent))
     return found
 
@@ -284,6 +324,7 @@ def make_plan(config: PipelineConfig, root: str) -> Plan:
     """
     from preprocessing.base_weights import look_up_base
 
+    check_engine(config.operations)
     if not config.train.names_datasets:
         columns, family = encoded_columns(config.encode), config.encode.mask_family
         check_conditioning(config.train, columns, family, "the dataset that `encode` is to make")

@@ -112,6 +112,21 @@ def training_text(event: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def training_warning(event: Mapping[str, Any]) -> str | None:
+    """What an operator should know of a training's event: a bad step was skipped, or steps were taken back."""
+    if event.get("event") == "skipped":
+        return (
+            f"train: the step after {event['step']} is skipped, its {event['reason']} is not finite; "
+            f"{event['num_samples']} samples: {', '.join(event['uids'])}; {event['num_skipped']} steps skipped so far"
+        )
+    if event.get("event") == "rolled_back":
+        return (
+            f"train: rolled back from step {event['from_step']} to {event['step']}, {event['reason']} not finite; "
+            f"{event['num_samples']} samples are not seen again"
+        )
+    return None
+
+
 def duration_text(seconds: float) -> str:
     """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``: rounded to what matters."""
     if seconds < 90:

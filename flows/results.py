@@ -118,6 +118,9 @@ class RefreshResult(Result):
         num_new: Rows that were not in it.
         num_gone: Rows of it that are no longer there.
         num_kept: Rows in both.
+        num_opted_out: Rows of it whose servers say no to training by now.
+        num_forgotten: Rows of it that the source has withdrawn, or block lists name by now.
+        report: URI of the page that says what has changed; None where nothing has.
         train: The training that followed, if one was asked for.
     """
 
@@ -128,4 +131,7 @@ class RefreshResult(Result):
     num_new: int
     num_gone: int
     num_kept: int
+    num_opted_out: int = 0
+    num_forgotten: int = 0
+    report: str | None = None
     train: TrainSummary | None = None

@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from flows.forget import Forgotten
 from flows.plan import Plan
 from flows.results import (
     PrepareResult,
@@ -18,6 +20,7 @@ from flows.results import (
 )
 from flows.status import BundleStatus, DatasetStatus, Status, depth_of
 from flows.verification import Verification
+from infra.channels import Pulled
 from preprocessing.contracts.display import bytes_text
 
 _NUM_REASONS = 4
@@ -63,6 +66,26 @@ def publish_screen(result: PublishSummary) -> str:
     )
 
 
+def pull_screen(found: Pulled) -> str:
+    """What is in the folder now."""
+    manifest = found.manifest
+    size = f"{len(manifest.files)} files, {manifest.num_bytes / 1e6:.1f} MB"
+    what = "verified" if found.is_changed else "unchanged"
+    return f"{manifest.run_id} step {manifest.step}: {size}, {what}"
+
+
+def pull_json(found: Pulled, to: Path) -> dict[str, Any]:
+    """The same for programs: the bundle's manifest, and where it is."""
+    return {
+        "to": str(to.absolute()),
+        "bundle": found.bundle,
+        "manifest_sha256": found.manifest_sha256,
+        "is_changed": found.is_changed,
+        "num_restarts": found.num_restarts,
+        **found.manifest.model_dump(mode="json"),
+    }
+
+
 def refresh_screen(result: RefreshResult) -> str:
     """What is new."""
     lines = _stage_lines(result.stages.values())
@@ -75,8 +98,37 @@ def refresh_screen(result: RefreshResult) -> str:
                 "refresh", f"{result.num_new} rows are new{since}, {result.num_gone} are gone, {result.num_kept} stayed"
             )
         )
+    if result.num_opted_out or result.num_forgotten:
+        opted_out = f"{result.num_opted_out} rows have opted out, {result.num_forgotten} were withdrawn"
+        lines.append(_line("forgotten", f"{opted_out}: no batch has them any more"))
+    if result.report is not None:
+        lines.append(_line("changes", result.report))
     lines.append(_line("dataset", result.datasets["encode"]))
     return "\n".join([*lines, *([] if result.train is None else [train_screen(result.train)])])
+
+
+def forget_screen(found: Forgotten) -> str:
+    """What holds the rows, what was cleaned, and what cannot be."""
+    new = "would be new" if found.is_dry_run else "are new"
+    lines = [_line("forgotten", f"{found.num_new} tombstones {new}, {found.num_tombstones} in all")]
+    for dataset in found.datasets:
+        counts = f"{dataset.num_rows:,} rows, {dataset.num_rejects:,} refused rows"
+        lines.append(_line(dataset.stage, f"{dataset.prefix} holds {counts}"))
+    for bundle in found.bundles:
+        seen = "was trained on" if bundle.kind != "report" else "may show"
+        text = f"{bundle.prefix} {seen} {bundle.num_seen:,} of {bundle.num_rows:,} rows"
+        channels = f" (channel {', '.join(bundle.channels)})" if bundle.channels else ""
+        lines.append(_line(bundle.kind, text + channels))
+    lines += [_line("in progress", f"{prefix}: clean it once it is complete") for prefix in found.in_progress]
+    if found.compacted is not None:
+        lines.append(
+            _line("compacted", f"{len(found.compacted)} datasets, {found.num_files_deleted} old files are deleted")
+        )
+        if found.held_by:
+            lines.append(_line("not cleaned", f"{len(found.held_by)} bundles above: delete them, or train anew"))
+    elif found.datasets and not found.is_dry_run:
+        lines.append(_line("next", "`lacuna forget --compact` removes the rows from the files, too"))
+    return "\n".join(lines)
 
 
 def plan_screen(plan: Plan) -> str:
@@ -94,6 +146,13 @@ def status_screen(status: Status, now: datetime) -> str:
         table(("run", "step", "checkpoints", "validated", "exported", "bytes", "trained on"), [*_run_rows(status)]),
         table(("channel", "points to", "step", "moved"), [*_channel_rows(status, now)]),
     ]
+    if status.with_forgotten_rows:
+        parts.append(
+            "\n".join(
+                f"{prefix} was trained on, or shows, {num:,} rows that were forgotten since"
+                for prefix, num in sorted(status.with_forgotten_rows.items())
+            )
+        )
     if status.problems:
         parts.append("\n".join(f"cannot be read: {problem}" for problem in status.problems))
     return "\n\n".join(parts)
@@ -164,6 +223,7 @@ def status_json(status: Status) -> dict[str, Any]:
             for bundle in (*run.checkpoints, *run.reports, *run.exports)
         },
         "channels": {item.channel: item.model_dump(mode="json") for item in status.channels},
+        "with_forgotten_rows": status.with_forgotten_rows,
         "problems": list(status.problems),
     }
 
@@ -216,6 +276,8 @@ def _facts(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("uri", "kind", "run_id", "step", "stage", "digest", "created_at", "code_version"):
         if name in described:
             yield name, str(described[name])
+    if described.get("num_forgotten_rows"):
+        yield "caution", f"it holds {described['num_forgotten_rows']:,} rows that were forgotten since"
     for stage, digest in described.get("parents", {}).items():
         yield "made from", f"{stage} {digest}"
     shards = f", {described['num_shards']:,} shards" if "num_shards" in described else ""

@@ -77,6 +77,9 @@ def prefect_server(root: str, *, debug: bool = False) -> Iterator[None]:
     if not debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    # As our work pools say it: three beats missed, and the automation of `flows.automations` takes a run for dead. With
+    # Prefect's own 180 s it would take any run for that.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     if os.environ.get("PREFECT_API_URL"):
         yield
         return

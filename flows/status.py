@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from flows.forget_records import read_records
 from flows.store import run_config
 from infra.bundles import BundleManifest, find_bundle
 from infra.channels import ChannelPointer, read_channel
@@ -111,6 +112,8 @@ class Status:
         runs: Sorted by name.
         channels: Sorted by name.
         problems: What could not be read, a line each.
+        with_forgotten_rows: Keys of the folders of those bundles that hold rows that were forgotten since, as `forget`
+            found, and how many.
     """
 
     uri: str
@@ -118,6 +121,7 @@ class Status:
     runs: tuple[RunStatus, ...]
     channels: tuple[ChannelPointer, ...]
     problems: tuple[str, ...]
+    with_forgotten_rows: dict[str, int] = field(default_factory=dict)
 
 
 def status_of(store: ObjectStore) -> Status:
@@ -149,6 +153,7 @@ def status_of(store: ObjectStore) -> Status:
         for name, config in zip(names, configs, strict=True)
     ]
     datasets = [dataset for dataset in found if dataset is not None]
+    forgotten = read_records(store)
     problems = [f"{store.uri_of(dataset.prefix)}: {dataset.problem}" for dataset in datasets if dataset.problem]
     problems += [problem for _, problem in (*bundles, *channels) if problem is not None]
     return Status(
@@ -157,6 +162,11 @@ def status_of(store: ObjectStore) -> Status:
         runs=tuple(runs),
         channels=tuple(pointer for pointer, _ in channels if pointer is not None),
         problems=tuple(problems),
+        with_forgotten_rows={
+            bundle.prefix: num
+            for bundle, _ in bundles
+            if bundle is not None and (num := forgotten.num_in(store, bundle.prefix))
+        },
     )
 
 

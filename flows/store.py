@@ -25,12 +25,13 @@ def absolute_root(root: str) -> str:
     return open_store(root).uri
 
 
-def locate(uri: str, root: str) -> tuple[ObjectStore, str]:
+def locate(uri: str, root: str, *, field: str = "uri") -> tuple[ObjectStore, str]:
     """Finds what a user named.
 
     Args:
         uri: A dataset's or bundle's URI or folder, with or without ``/MANIFEST.json``; its key; or a channel.
         root: The store's root, for keys and channels.
+        field: What the user set, for messages.
 
     Returns:
         The store, and the key of the folder in it.
@@ -44,7 +45,7 @@ def locate(uri: str, root: str) -> tuple[ObjectStore, str]:
         pointer = read_channel(store, name)
         if pointer is None:
             raise ValueError(
-                f"uri: {uri!r} is no channel of {store.uri}; give a URI, or a key such as datasets/encode/0123"
+                f"{field}: {uri!r} is no channel of {store.uri}; give a URI, or a key such as datasets/encode/0123"
             )
         return store, pointer.bundle
     if name.split("/", 1)[0] in _ROOMS:
@@ -54,7 +55,7 @@ def locate(uri: str, root: str) -> tuple[ObjectStore, str]:
         if separator:
             return open_store(before or "/"), f"{room}/{after}"
     raise ValueError(
-        f"uri: {uri!r} names no dataset, run or export; it should hold one of {', '.join(f'/{r}/' for r in _ROOMS)}"
+        f"{field}: {uri!r} names no dataset, run or export; it should hold one of {', '.join(f'/{r}/' for r in _ROOMS)}"
     )
 
 
@@ -72,7 +73,7 @@ def dataset_at(store: ObjectStore, uri: str, *, field: str = "uri") -> tuple[str
     Raises:
         ValueError: There is none, or it is in another store.
     """
-    elsewhere, prefix = locate(uri, store.uri)
+    elsewhere, prefix = locate(uri, store.uri, field=field)
     if elsewhere.uri != store.uri:
         raise ValueError(f"{field}: {uri!r} is not below --root {store.uri}; set --root {elsewhere.uri}")
     return prefix, read_manifest(store, prefix, field=field)
@@ -115,17 +116,6 @@ def run_config(store: ObjectStore, run_id: str) -> dict[str, Any]:
     except (ObjectNotFoundError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def uids_of(store: ObjectStore, prefix: str, manifest: Manifest) -> set[str]:
-    """The uids of all rows of a dataset."""
-    from preprocessing.stored_parquet import open_parquet
-
-    found: set[str] = set()
-    for entry in manifest.files("rows"):
-        with open_parquet(store, f"{prefix}/{entry.name}") as file:
-            found.update(file.read(columns=["uid"]).column("uid").to_pylist())
-    return found
 
 
 def base_folder(base: str) -> Path:

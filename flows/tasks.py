@@ -19,15 +19,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from flows import artifacts
+from flows import artifacts, events
+from flows.child_logs import run_logger
 from flows.config import PipelineConfig
 from flows.plan import data_stage, dataset_lineage, export_spec, run_spec, train_summary, validation_spec
-from flows.progress import listener, training_text
+from flows.progress import listener, training_text, training_warning
+from flows.publication import find_publication, pointers, record_publication, settled_channels
 from flows.results import PublishSummary, StageSummary, TrainSummary, ValidationSummary
+from flows.retention import delete_encoded_pictures, fetch_again_if_needed
 from flows.server import beside
 from flows.store import read_manifest
-from infra.bundles import find_bundle, manifest_sha256
-from infra.channels import read_channel
+from flows.watchdog import current, watched
+from infra import pulse
+from infra.bundles import find_bundle
 from infra.errors import GateError, TransientError
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import MANIFEST_NAME, Manifest, dataset_prefix, find_manifest
@@ -43,7 +47,7 @@ def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> 
     return isinstance(state.result(raise_on_failure=False), TransientError)
 
 
-_RETRIED: dict[str, Any] = {
+RETRIED: dict[str, Any] = {
     "retries": 2,
     "retry_delay_seconds": exponential_backoff(backoff_factor=5),
     "retry_jitter_factor": 0.2,
@@ -53,14 +57,20 @@ _RETRIED: dict[str, Any] = {
 }
 
 
-@task(name="base", tags={"data"}, **_RETRIED)
+@task(name="base", tags={"data"}, **RETRIED)
+@watched("base")
 def base(config: PipelineConfig) -> None:
     """Fetches and converts the base weights, in a process of its own."""
     from preprocessing.base_weights import resolve_base
 
     started = time.monotonic()
     progress = artifacts.ProgressArtifact("base", listener())
-    folder = resolve_base(config.model, lambda what: progress.advance(0, 1, what))
+
+    def on_step(what: str) -> None:
+        pulse.beat()
+        progress.advance(0, 1, what)
+
+    folder = resolve_base(config.model, on_step)
     progress.finish(_done_text(False, f"{config.model.base} is now {folder}", time.monotonic() - started))
 
 
@@ -78,7 +88,8 @@ def ensure_base(config: PipelineConfig) -> None:
         resolve_base(config.model)  # no more than checks
 
 
-@task(name="select", tags={"data"}, **_RETRIED)
+@task(name="select", tags={"data"}, **RETRIED)
+@watched("select")
 def select(config: PipelineConfig, root: str) -> StageSummary:
     """Selects rows of the metadata."""
 
@@ -90,9 +101,11 @@ def select(config: PipelineConfig, root: str) -> StageSummary:
     return _run_data_stage("select", config, root, None, gate)
 
 
-@task(name="download", tags={"data", "network"}, **_RETRIED)
+@task(name="download", tags={"data", "network"}, **RETRIED)
+@watched("download")
 def download(config: PipelineConfig, root: str, selected: str) -> StageSummary:
     """Downloads the pictures of the selected rows; ``selected`` is the key of their dataset's folder."""
+    fetch_again_if_needed(config, root, selected)
 
     def gate(manifest: Manifest) -> None:
         from preprocessing.download.stage import check_gate
@@ -107,7 +120,8 @@ def download(config: PipelineConfig, root: str, selected: str) -> StageSummary:
     return _run_data_stage("download", config, root, selected, gate, on_refusal=refused)
 
 
-@task(name="encode", tags={"data", "gpu"}, **_RETRIED)
+@task(name="encode", tags={"data", "lacuna-gpu"}, **RETRIED)
+@watched("encode")
 def encode(config: PipelineConfig, root: str, downloaded: str) -> StageSummary:
     """Encodes downloaded pictures into training rows; ``downloaded`` is the key of their dataset's folder."""
 
@@ -135,10 +149,13 @@ def encode(config: PipelineConfig, root: str, downloaded: str) -> StageSummary:
         with _workdir(root, "encode") as workdir:
             run_workers(job, num_processes, workdir=workdir, on_shard=on_shard)
 
-    return _run_data_stage("encode", config, root, downloaded, gate, in_workers)
+    summary = _run_data_stage("encode", config, root, downloaded, gate, in_workers)
+    delete_encoded_pictures(config, root, downloaded)
+    return summary
 
 
-@task(name="train", tags={"gpu"}, **_RETRIED)
+@task(name="train", tags={"lacuna-gpu"}, **RETRIED)
+@watched("train")
 def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
     """Trains to the last step, from the newest checkpoint on; ``dataset`` is the encoded dataset's folder's key."""
     from training.launch import train as launch
@@ -147,10 +164,15 @@ def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
     store = open_store(root)
     run = run_spec(config, root, dataset, read_manifest(store, dataset, field="train.dataset"))
     progress = artifacts.ProgressArtifact("train", listener())
+    watch, logger = current(), run_logger()
 
     def on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "step":
             progress.advance(event["step"], event["num_steps"], training_text(event))
+        elif watch is not None and event.get("event") in ("started", "resumed", "uploading", "checkpoint"):
+            watch.touch()
+        if (warning := training_warning(event)) is not None:
+            logger.warning("%s", warning)
 
     with _workdir(root, run.run_id) as workdir:
         result = launch(run, workdir=workdir, on_event=on_event)
@@ -161,7 +183,8 @@ def train(config: PipelineConfig, root: str, dataset: str) -> TrainSummary:
     return summary
 
 
-@task(name="validate", tags={"gpu"}, **_RETRIED)
+@task(name="validate", tags={"lacuna-gpu"}, **RETRIED)
+@watched("validate")
 def validate(config: PipelineConfig, root: str, trained: TrainSummary) -> ValidationSummary:
     """Inpaints held-out pictures with a checkpoint."""
     started = time.monotonic()
@@ -190,47 +213,66 @@ def validate(config: PipelineConfig, root: str, trained: TrainSummary) -> Valida
     return summary
 
 
-@task(name="publish", tags={"publish"}, **_RETRIED)
+@task(name="publish", tags={"publish"}, **RETRIED)
+@watched("publish")
 def publish(config: PipelineConfig, root: str, trained: TrainSummary, validation: ValidationSummary) -> PublishSummary:
     """Exports a validated checkpoint and moves the channels that may be moved."""
     started = time.monotonic()
     store = open_store(root)
     manifest = read_manifest(store, trained.dataset_prefix)
-    lineage = [prefix for prefix, _ in dataset_lineage(store, trained.dataset_prefix, manifest)]
-    spec = export_spec(config, root, trained, validation.prefix, lineage)
+    lineage = dataset_lineage(store, trained.dataset_prefix, manifest)
+    spec = export_spec(config, root, trained, validation.prefix, [prefix for prefix, _ in lineage])
     progress = artifacts.ProgressArtifact("publish", listener())
-    channels = _channels_if_done(store, spec)
+    channels = settled_channels(store, spec)
     was_done = channels is not None
     if channels is None:
+        stood = pointers(store, spec)
         result = _run_child("training.export", spec.model_dump(mode="json"), root, trained.run_id, progress)
         channels = result["channels"]
-    summary = PublishSummary(
-        run_id=trained.run_id,
-        step=trained.step,
-        prefix=spec.export_prefix,
-        export=store.uri_of(spec.export_prefix),
-        channel=channels,
-        was_done=was_done,
-        seconds=time.monotonic() - started,
-    )
+        record_publication(store, spec, stood, channels)
+    summary = _published(store, spec, channels, was_done=was_done, seconds=time.monotonic() - started)
+    events.checkpoint_published(store, summary, trained, store.uri_of(f"{trained.dataset_prefix}/{MANIFEST_NAME}"))
     artifacts.publication(summary)
+    artifacts.story(store, lineage, trained, validation, summary)
     progress.finish(_done_text(was_done, "export and channels", summary.seconds))
     return summary
 
 
-def _channels_if_done(store: ObjectStore, spec: ExportSpec) -> dict[str, str] | None:
-    """What stands to be said of the channels if the export is there and all of them point to it; None otherwise.
-
-    Where one of them points elsewhere, its rule has to be asked again, and that is the export's business.
-    """
-    if find_bundle(store, spec.export_prefix) is None:
+@task(name="published", tags={"publish"}, **RETRIED)
+def published_elsewhere(
+    config: PipelineConfig, root: str, trained: TrainSummary, validation: ValidationSummary
+) -> PublishSummary | None:
+    """What another flow run has published and said of the channels; None where the store knows of none."""
+    store = open_store(root)
+    lineage = dataset_lineage(store, trained.dataset_prefix, read_manifest(store, trained.dataset_prefix))
+    spec = export_spec(config, root, trained, validation.prefix, [prefix for prefix, _ in lineage])
+    made = find_publication(store, spec)
+    channels = settled_channels(store, spec) if made is None else made.channels
+    if channels is None:
         return None
-    sha256 = manifest_sha256(store, spec.export_prefix)
-    for name in spec.config.channels:
-        pointer = read_channel(store, name)
-        if pointer is None or (pointer.bundle, pointer.manifest_sha256) != (spec.export_prefix, sha256):
-            return None
-    return dict.fromkeys(spec.config.channels, "kept: points to this export already")
+    summary = _published(store, spec, channels, was_done=False, seconds=0.0)
+    artifacts.publication(summary)
+    artifacts.story(store, lineage, trained, validation, summary)
+    return summary
+
+
+def is_published(config: PipelineConfig, root: str, trained: TrainSummary, validation: ValidationSummary) -> bool:
+    """Whether the export stands, and nothing has to be asked about its channels."""
+    return settled_channels(open_store(root), export_spec(config, root, trained, validation.prefix, ())) is not None
+
+
+def _published(
+    store: ObjectStore, spec: ExportSpec, channels: dict[str, str], *, was_done: bool, seconds: float
+) -> PublishSummary:
+    return PublishSummary(
+        run_id=spec.run_id,
+        step=spec.step,
+        prefix=spec.export_prefix,
+        export=store.uri_of(spec.export_prefix),
+        channel=channels,
+        was_done=was_done,
+        seconds=seconds,
+    )
 
 
 def _run_data_stage(
@@ -251,7 +293,8 @@ def _run_data_stage(
         root: Of the store.
         parent_prefix: Key of the folder of what the stage reads.
         gate: Asked of the dataset each time, also where it was there.
-        in_workers: May make it in other processes, or leave it to this one.
+        in_workers: May make it in other processes, or leave it to this one; not asked where `operations.task_runner`
+            maps the shards over tasks.
         on_refusal: Where given, a dataset that the gate refuses is not complete, so that nothing takes it for done;
             called with what was refused.
     """
@@ -278,18 +321,24 @@ def _run_data_stage(
     if done is None:
         with _pictures_served(name, config):
             tell = _teller(progress)
-            if in_workers is not None:
+            if parent_prefix is not None and config.operations.task_runner is not None:
+                from flows.shard_tasks import map_shards
+
+                map_shards(config, root, parent_prefix, stage, tell)
+            elif in_workers is not None:
                 in_workers(stage, tell)
-            # It finds there what workers made.
+            # It finds there what workers or tasks made.
             manifest = run_stage(store, stage, tell, None if on_refusal is None else gate_first)
     else:
         manifest = done
     summary = _summary(store, prefix, manifest, was_done=done is not None, seconds=time.monotonic() - started)
     artifacts.funnel(summary)
-    if name == "select":
-        artifacts.selection(summary, store)
+    artifacts.stage_report(summary, store, manifest)
     progress.finish(_done_text(summary.was_done, f"{summary.num_out} of {summary.num_in} rows kept", summary.seconds))
     gate(manifest)
+    # Only then: who hears of a dataset may use it.
+    parent_uris = [] if parent_prefix is None else [store.uri_of(f"{parent_prefix}/{MANIFEST_NAME}")]
+    events.dataset_committed(summary, manifest.created_at, manifest.parents, parent_uris)
     return summary
 
 

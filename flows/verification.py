@@ -23,7 +23,8 @@ from infra.reading import LEASE_PREFIX, reading
 from infra.storage import ObjectNotFoundError, ObjectStore, sha256_of_bytes
 from preprocessing.contracts.config import ModelConfig
 from preprocessing.contracts.display import bytes_text
-from preprocessing.contracts.manifest import MANIFEST_NAME, DatasetFile, Manifest, dataset_prefix
+from preprocessing.contracts.manifest import DRIFT_PREFIX, MANIFEST_NAME, DatasetFile, Manifest, dataset_prefix
+from preprocessing.references import references_to
 
 _CHUNK_BYTES = 8 << 20
 _NUM_THREADS = 8
@@ -143,7 +144,7 @@ def verify(
     problems = [*_manifest_problems(store, prefix, manifest, pointer)]
     counter = _Counter(len(files), sum(file.num_bytes for file in files), on_progress)
     with ThreadPoolExecutor(min(_NUM_THREADS, 2 * (os.cpu_count() or 1))) as pool:
-        tasks = [pool.submit(_check, store, f"{prefix}/{file.name}", file, counter) for file in files]
+        tasks = [pool.submit(_check, store, _key(prefix, file), file, counter) for file in files]
         try:
             found = [task.result() for task in tasks]
         except BaseException:  # Ctrl-C, or a store that is gone: the other files are for nothing
@@ -151,7 +152,8 @@ def verify(
             pool.shutdown(cancel_futures=True)
             raise
     problems += [problem for problem in found if problem is not None]
-    problems += _foreign(store, prefix, manifest, {file.name for file in files})
+    own = {_key(prefix, file).removeprefix(f"{prefix}/") for file in files}
+    problems += _foreign(store, prefix, manifest, own)
     return Verification(store.uri_of(prefix), len(files), counter.num_bytes, tuple(problems))
 
 
@@ -233,6 +235,11 @@ def _files_of(manifest: Manifest | BundleManifest) -> Sequence[DatasetFile | Bun
     return [*(file for shard in manifest.shards for file in shard.files), *manifest.extra_files]
 
 
+def _key(prefix: str, file: DatasetFile | BundleFile) -> str:
+    """Where a file stands: that of a dataset perhaps in another one's folder."""
+    return file.key(prefix) if isinstance(file, DatasetFile) else f"{prefix}/{file.name}"
+
+
 def _manifest_problems(
     store: ObjectStore, prefix: str, manifest: Manifest | BundleManifest, pointer: ChannelPointer | None
 ) -> Iterator[Problem]:
@@ -276,8 +283,14 @@ def _foreign(
     known = {MANIFEST_NAME, CLAIM_NAME, *named}
     if isinstance(manifest, Manifest):
         known |= {f"reports/shard-{shard.index:05d}.json" for shard in manifest.shards}
-    for info in store.list(f"{prefix}/"):
-        name = info.key.removeprefix(f"{prefix}/")
-        if name not in known and not name.startswith(LEASE_PREFIX):
+    strange = [
+        info
+        for info in store.list(f"{prefix}/")
+        if (name := info.key.removeprefix(f"{prefix}/")) not in known
+        and not name.startswith((LEASE_PREFIX, DRIFT_PREFIX))
+    ]
+    others = references_to(store, prefix) if strange and isinstance(manifest, Manifest) else {}
+    for info in strange:
+        if info.key not in others:
             detail = f"{info.num_bytes} bytes that nothing names; no reader of ours opens it: delete it"
             yield Problem("foreign", store.uri_of(info.key), detail)

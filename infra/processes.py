@@ -8,6 +8,7 @@ to it.
 
 import collections
 import contextlib
+import contextvars
 import logging
 import os
 import select
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO, Self
@@ -33,6 +34,23 @@ _LONGEST_LINE_BYTES = 1 << 16
 _NUM_LAST_LINES = 20
 _WATCH_S = 0.25
 _DRAIN_S = 5.0
+
+Relay = Callable[["GuardedProcess", str], None]
+_relay: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", default=None)
+
+
+@contextlib.contextmanager
+def relayed_to(relay: Relay) -> Iterator[None]:
+    """Hears each line of every child that is started in the block, whoever starts it.
+
+    Args:
+        relay: Called, from a thread of the child's, with the child and the line. It must not raise.
+    """
+    token = _relay.set(relay)
+    try:
+        yield
+    finally:
+        _relay.reset(token)
 
 
 class GuardedProcess:
@@ -73,6 +91,7 @@ class GuardedProcess:
         self._env = env
         self._cwd = cwd
         self._on_line = on_line
+        self._relay = _relay.get()
         self._grace_s = grace_s
         self._guard: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
@@ -263,6 +282,8 @@ class GuardedProcess:
         if not text:
             return
         self._last_lines.append(text)
+        if self._relay is not None:
+            self._relay(self, text)
         if self._on_line is not None and self._on_line_error is None:
             try:
                 self._on_line(text)

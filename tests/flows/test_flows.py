@@ -1,8 +1,12 @@
 """Flows under a real Prefect server: what is tried again, what survives, what is looked at."""
 
 import contextlib
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 
 from infra.errors import ContractError, GateError, TransientError
@@ -104,3 +108,78 @@ def test_an_artifact_that_cannot_be_written_is_only_a_warning(caplog: pytest.Log
     progress.advance(1, 2)
     progress.finish("done")
     assert "was not written" in caplog.text
+
+
+def test_a_base_that_does_not_come_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect import flow
+
+    from flows import tasks
+    from flows.config import load_config
+
+    def hang(model: object, notify: Any) -> None:
+        notify("fetch")
+        while True:
+            time.sleep(0.05)
+
+    monkeypatch.setattr("preprocessing.base_weights.resolve_base", hang)
+    config = load_config("demo", ["operations.stall_timeout_s=0.5"])
+
+    @flow
+    def run() -> None:
+        tasks.base.with_options(retries=0)(config)
+
+    with pytest.raises(TransientError, match="base: no progress"):
+        run()
+
+
+def test_a_dataset_that_its_gate_refuses_is_not_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from prefect import flow
+
+    from flows import events, tasks
+    from flows.config import PipelineConfig
+    from tests.flows.in_one_process import small_config
+
+    told: list[str] = []
+    monkeypatch.setattr(events, "dataset_committed", lambda summary, *_: told.append(summary.stage))
+
+    @flow
+    def run(config: PipelineConfig, root: str) -> None:
+        tasks.select(config, root)
+
+    with pytest.raises(GateError, match=r"select\.min_rows"):
+        run(small_config(8763, **{"select.min_rows": 1000}), str(tmp_path / "refused"))
+    assert not told
+    run(small_config(8763), str(tmp_path / "kept"))
+    assert told == ["select"]
+
+
+@pytest.mark.parametrize("error", [None, TransientError("away")])
+def test_the_limit_of_a_training_goes_with_it(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows import train
+
+    def limits() -> list[str]:
+        with get_client(sync_client=True) as client:
+            return [limit.name for limit in client.read_global_concurrency_limits()]
+
+    monkeypatch.setattr(train, "deployment", SimpleNamespace(id="any"))
+    run = cast(Any, SimpleNamespace(run_id="demo-0123456789abcdef"))
+    with contextlib.suppress(TransientError), train._one_at_a_time(run):
+        assert limits() == ["lacuna-train-demo-0123456789abcdef"]
+        if error is not None:
+            raise error
+    assert limits() == []
+
+
+def test_a_limit_that_cannot_be_deleted_fails_no_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows import train
+
+    def away(**_: object) -> None:
+        raise httpx.ConnectError("the server is away")
+
+    monkeypatch.setattr(train, "get_client", away)
+    train._delete_limit("lacuna-train-x")
+    assert "the limit lacuna-train-x is not deleted: ConnectError: the server is away" in caplog.text

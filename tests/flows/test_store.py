@@ -1,15 +1,12 @@
 """Looking around in a real store: what a URI names, and which rows a dataset has."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from flows.refresh import LEDGER_KEY, _compare, _read_ledger, _write_ledger
-from flows.store import dataset_at, locate, read_manifest, uids_of
-from infra.errors import ContractError
+from flows.store import dataset_at, locate, read_manifest
 from infra.storage import ObjectStore, open_store
 from preprocessing.contracts.manifest import Manifest, dataset_prefix
 from preprocessing.stage import RowsFile, ShardOutput, rejects_table, run_stage
@@ -37,12 +34,6 @@ def _made(store: ObjectStore, digit: str, uids: Sequence[str]) -> tuple[str, Man
     return dataset_prefix("encode", digit * 64), manifest
 
 
-def test_rows_are_read_wherever_they_are(any_root: str) -> None:
-    store = open_store(any_root)
-    prefix, manifest = _made(store, "a", ["u0", "u1", "u2"])
-    assert uids_of(store, prefix, manifest) == {"u0", "u1", "u2"}
-
-
 @pytest.mark.parametrize("form", ["{root}/{prefix}", "{root}/{prefix}/MANIFEST.json", "{prefix}", "{prefix}/"])
 def test_all_ways_to_name_a_dataset(any_root: str, form: str) -> None:
     store = open_store(any_root)
@@ -60,27 +51,3 @@ def test_a_dataset_of_another_store_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_there_is_one_clear_line(tmp_path: Path, uri: str) -> None:
     with pytest.raises(ValueError, match=r"^uri: "):
         read_manifest(*locate(uri, str(tmp_path)))
-
-
-def test_a_refresh_counts_what_is_new_gone_and_kept(any_root: str) -> None:
-    store = open_store(any_root)
-    before, _ = _made(store, "a", ["u0", "u1", "u2"])
-    now, _ = _made(store, "b", ["u1", "u2", "u3", "u4"])
-    assert _compare(store, before, now) == (2, 1, 2)
-    assert _compare(store, None, now) == (4, 0, 0)
-    assert _compare(store, "datasets/encode/gone", now) == (4, 0, 0)
-
-
-def test_the_ledger_is_read_back_and_a_strange_one_refused(any_root: str) -> None:
-    store = open_store(any_root)
-    assert _read_ledger(store) == (None, None)
-    _write_ledger(store, {"digest": "a" * 64, "prefix": "datasets/encode/a", "num_out": 3}, None)
-    record, etag = _read_ledger(store)
-    assert record is not None
-    assert record["digest"] == "a" * 64
-    _write_ledger(store, {"digest": "b" * 64, "prefix": "datasets/encode/b", "num_out": 4}, etag)
-    _write_ledger(store, {"digest": "c" * 64, "prefix": "datasets/encode/c", "num_out": 5}, etag)  # too late: no effect
-    assert json.loads(store.read(LEDGER_KEY))["digest"] == "b" * 64
-    store.put(LEDGER_KEY, b'{"format_version": 2}')
-    with pytest.raises(ContractError, match="not a refresh ledger"):
-        _read_ledger(store)

@@ -102,18 +102,18 @@ def test_a_bundle_and_the_channel_that_points_to_it(store: ObjectStore, tmp_path
     (tmp_path / "files" / "deep" / "weights").write_bytes(b"w" * 100)
     prefix = "exports/demo-1/step-00000010"
     commit_bundle(store, prefix, tmp_path / "files", kind="export", run_id="demo-1", step=10)
-    move_channel(store, "stable", pointer_to(store, "stable", prefix), lambda _: True)
-    for uri in ("stable", prefix, f"{store.uri}/{prefix}"):
+    move_channel(store, "latest", pointer_to(store, "latest", prefix), lambda _: True)
+    for uri in ("latest", prefix, f"{store.uri}/{prefix}"):
         assert verify_uri(uri, store.uri).problems == ()
     manifest = store.read(f"{prefix}/{MANIFEST_NAME}")
     store.put(f"{prefix}/{MANIFEST_NAME}", manifest + b"\n")
     assert verify_uri(prefix, store.uri).problems == ()
-    (problem,) = verify_uri("stable", store.uri).problems
-    assert (problem.kind, "channel stable says" in problem.detail) == ("manifest", True)
+    (problem,) = verify_uri("latest", store.uri).problems
+    assert (problem.kind, "channel latest says" in problem.detail) == ("manifest", True)
     store.put(f"{prefix}/{MANIFEST_NAME}", manifest)
     store.put(f"{prefix}/deep/weights", b"x" * 100)
     store.put(f"{prefix}/deep/more", b"")
-    assert _names(verify_uri("stable", store.uri).problems) == [("bad", "weights"), ("foreign", "more")]
+    assert _names(verify_uri("latest", store.uri).problems) == [("bad", "weights"), ("foreign", "more")]
     left = {info.key.removeprefix(f"{prefix}/") for info in store.list(f"{prefix}/")}
     assert left == {MANIFEST_NAME, "deep/weights", "deep/more"}  # and no lease
 
