@@ -6,13 +6,15 @@ UV_VERSION := 0.13.9
 ROOT ?= var/store
 BIN := .venv/bin
 READY := .venv/.ready
+AWS := var/tools/aws/bin/aws
+AWSCLI_VERSION := 1.45.11
 
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export HF_HUB_OFFLINE := 1
 export WANDB_MODE := disabled
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo test lint bench soak clean lock format
+.PHONY: help setup demo test lint bench soak clean lock format aws
 
 help: ## What can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,8 +32,14 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## The whole pipeline on the embedded demo world, then a summary
 	$(BIN)/lacuna run --recipe demo --root $(ROOT)
 
-test: $(READY) ## All tests but the slow campaigns
+test: $(READY) $(if $(shell command -v aws 2>/dev/null),,$(AWS)) ## All tests but the slow campaigns
 	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
+
+aws: $(AWS) ## The AWS command line into var/tools/aws, for the test that consumes with nothing else
+
+$(AWS):
+	@{ $(PYTHON) -m venv var/tools/aws && var/tools/aws/bin/python -m pip install --quiet --disable-pip-version-check \
+		awscli==$(AWSCLI_VERSION); } || { rm -rf var/tools/aws; echo 'awscli cannot be had: its test is skipped' >&2; }
 
 lint: $(READY) ## ruff, pyright, import-linter, codespell
 	$(BIN)/ruff format --check .
