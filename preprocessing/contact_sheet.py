@@ -21,6 +21,7 @@ from model.masks import unpack_mask
 from preprocessing.block_lists import host_of
 from preprocessing.contracts.display import display_text, number_text
 from preprocessing.contracts.manifest import DatasetFile, Manifest
+from preprocessing.contracts.tombstones import Tombstones
 from preprocessing.known_bases import find_base
 from preprocessing.stored_parquet import first_rows
 
@@ -147,6 +148,8 @@ def make_contact_sheet(
 ) -> ContactSheet:
     """Shows some rows of a dataset, always the same ones: the first of each of some files, spread evenly over it.
 
+    Forgotten rows are not among them.
+
     Args:
         store: Where it is.
         prefix: Key of its folder.
@@ -160,10 +163,14 @@ def make_contact_sheet(
     latents = _Latents.of(manifest)
     variants = range(MAX_VARIANTS)
     tensors = ["moments", *(f"mask_{k}" for k in variants), *(f"masked_moments_{k}" for k in variants)]
-    rows = []
+    rows, tombstones = [], Tombstones.load(store)
     for file, count in parts:
-        table = first_rows(store, f"{prefix}/{file.name}", count, [*_SCALARS, "image", *tensors])
-        rows += [{**row, "_split": file.split or row.get("split") or ""} for row in table.to_pylist()]
+        table = first_rows(store, file.key(prefix), count, [*_SCALARS, "sha256", "image", *tensors])
+        rows += [
+            {**row, "_split": file.split or row.get("split") or ""}
+            for row in table.to_pylist()
+            if not tombstones.match(row.get("uid"), row.get("url"), None, row.get("sha256"))
+        ]
     notes, decoded = [], {}
     wanted = _to_decode(rows, latents)
     if wanted and latents is not None:

@@ -119,7 +119,7 @@ def read_contents(
     files = [file for file in manifest.files("rows") if file.num_rows]
     chosen = _spread(files)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        parts = list(pool.map(lambda file: _read_file(store, f"{prefix}/{file.name}", with_values), chosen))
+        parts = list(pool.map(lambda file: _read_file(store, file.key(prefix), with_values), chosen))
     empty = _columns_of_empty(store, prefix, manifest) if not parts else ()
     values = pl.concat([part.values for part in parts], how="diagonal") if parts and with_values else pl.DataFrame()
     hosts = values.select(host_of(pl.col("url")).alias("host")) if "url" in values.columns else None
@@ -225,7 +225,7 @@ def _columns_of_empty(store: ObjectStore, prefix: str, manifest: Manifest) -> tu
     files = manifest.files("rows")
     if not files:
         return ()
-    with open_parquet(store, f"{prefix}/{files[0].name}") as file:
+    with open_parquet(store, files[0].key(prefix)) as file:
         return tuple(Column(item.name, str(item.type), 0.0, meaning_of(item.name)) for item in file.schema_arrow)
 
 

@@ -101,7 +101,7 @@ def check_rows(
     differences: list[Difference] = []
     num_checked = 0
     for file, rows in _draw(manifest, num_rows, seed):
-        table = _read(store, f"{prefix}/{file.name}", rows)
+        table = _read(store, file.key(prefix), rows)
         num_checked += table.num_rows
         made = _encode_again(table, encoders)
         for name in columns:
