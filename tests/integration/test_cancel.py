@@ -228,6 +228,7 @@ def two_at_once(world: World, root: Path, worker: GuardedProcess) -> str:
 Disturbance = Callable[[World, Path, GuardedProcess], str]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "disturb",
@@ -249,6 +250,7 @@ def test_a_rerun_ends_as_if_nothing_had_happened(
         shutil.rmtree(root)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_a_run_whose_machine_dies_is_crashed_within_two_minutes(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
