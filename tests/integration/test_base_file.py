@@ -36,6 +36,7 @@ def steps_of(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {step["name"]: step for step in plan["steps"]}
 
 
+@pytest.mark.soak
 def test_a_single_file_goes_all_the_way(
     lacuna: Lacuna, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

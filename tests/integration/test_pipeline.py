@@ -171,6 +171,7 @@ def test_a_dataset_of_other_encoders_is_refused(demo: dict[str, Any], lacuna: La
     assert snapshot(demo_root) == before
 
 
+@pytest.mark.soak
 def test_training_on_masks_drawn_online_is_training_on_the_stored_ones(
     demo: dict[str, Any], lacuna: Lacuna, demo_root: Path
 ):
@@ -224,6 +225,7 @@ def _campaign(demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, root: Path,
     return killed
 
 
+@pytest.mark.soak
 def test_killed_and_started_again_is_the_uninterrupted_run(
     demo: dict[str, Any], demo_root: Path, lacuna: Lacuna, tmp_path: Path
 ):

@@ -117,7 +117,7 @@ MEANWHILE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", ["killed", *MEANWHILE])
+@pytest.mark.parametrize("what", ["killed", *(pytest.param(what, marks=pytest.mark.soak) for what in MEANWHILE)])
 def test_no_entry_is_lost_at_any_moment(tmp_path: Path, what: str) -> None:
     whole = Watched(written(tmp_path / "whole").root)
     compact(whole, max_parts=1)
