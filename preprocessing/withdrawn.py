@@ -55,7 +55,7 @@ def forget_withdrawn(
     blocked = gone.join(refused.filter(is_blocked), on="uid", how="semi")
     there = pl.concat([_read(store, *selected, "rows", ["uid", "url"]), refused.select("uid", "url")])
     withdrawn = gone.join(there, on="uid", how="anti").join(there, on="url", how="anti")
-    is_likely = withdrawn.height <= max_share * rows.height
+    is_likely = withdrawn.height <= max(1, max_share * rows.height)  # one row may always go
     entries = [Tombstone.of("uid", uid, reason="request", by="block lists") for uid in blocked["uid"]]
     if is_likely:
         entries += [Tombstone.of("uid", uid, reason="withdrawn", by="refresh") for uid in withdrawn["uid"]]

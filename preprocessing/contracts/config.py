@@ -456,7 +456,7 @@ class RefreshConfig(Config):
         ge=0,
         le=1,
         description="Where a larger share of the last dataset's rows has gone from the metadata, it is taken for "
-        "incomplete: a warning, and none is forgotten until this allows it.",
+        "incomplete: a warning, and none is forgotten until this allows it. One row may always go.",
         json_schema_extra=NOT_IN_DIGEST,
     )
 
